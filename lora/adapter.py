@@ -1,0 +1,239 @@
+"""Adapters on disk, in peft's own format: `adapter_config.json` + `adapter_model.safetensors`.
+
+What is written here, `peft.PeftModel.from_pretrained` loads, and the other way round. A key of the file is
+"base_model.model." + the name of the parameter in the plain model, with the adapters' two matrices appended:
+
+    base_model.model.roberta.encoder.layer.0.attention.self.query.lora_A.weight      A, (r, in)
+    base_model.model.roberta.encoder.layer.0.attention.self.query.lora_B.weight      B, (out, r)
+    base_model.model.roberta.encoder.layer.0.attention.self.query.base_layer.bias    a trained bias of an adapted layer
+    base_model.model.classifier.out_proj.weight                                      a module trained in full
+
+Source: the files of peft 0.10 to 0.21; tests/parity/test_adapters.py holds both directions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from lora.config import LoRAConfig, LoRAError
+from lora.inject import inject_lora, lora_layers
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+# peft's names of our settings, and how each is read back from JSON.
+_FIELDS = {
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "target_modules": "target_modules",
+    "layers_to_transform": "layers_to_transform",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+    "bias": "bias",
+    "modules_to_save": "modules_to_save",
+    "use_rslora": "use_rslora",
+}
+# Fields of peft's file that say nothing about the function computed: where it came from, or how to initialise it.
+_WITHOUT_EFFECT = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "init_lora_weights",
+    "loftq_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "runtime_config",
+    "task_type",
+    "eva_config",
+    "corda_config",
+}
+# peft adds both names for every classifier; a model has the one or the other.
+_HEAD_NAMES = ("classifier", "score")
+
+
+def save_adapter(
+    model: nn.Module,
+    config: LoRAConfig,
+    directory: str | Path,
+    *,
+    base_model: str | None = None,
+    task_type: str | None = None,
+) -> None:
+    """Write the adapters, trained biases and modules_to_save of `model` as peft does.
+
+    `base_model` is the name or path under which the base checkpoint is found again, `task_type` peft's name of the
+    task ("SEQ_CLS" for classification). The folder is made; each file appears whole or not at all.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    parameters = dict(model.named_parameters())
+    tensors = {key: parameters[name].detach().cpu().contiguous() for key, name in _file_keys(model, config).items()}
+    fields: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "fan_in_fan_out": False,
+    }
+    for ours, theirs in _FIELDS.items():
+        value = getattr(config, ours)
+        fields[theirs] = list(value) if isinstance(value, tuple) else dict(value) if "pattern" in ours else value
+    part = directory / f"{WEIGHTS_NAME}.part"
+    try:
+        save_file(tensors, str(part), metadata={"format": "pt"})
+        _write_whole(directory / CONFIG_NAME, json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        os.replace(part, directory / WEIGHTS_NAME)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_adapter(model: nn.Module, directory: str | Path) -> LoRAConfig:
+    """Give `model` the adapters of a folder that `save_adapter` or peft wrote; returns their settings.
+
+    A model without adapters gets them by the file's settings; one that has them must have the same ones.
+
+    Raises LoRAError if a file is missing or broken, if the settings ask for what is not done here, if the adapters
+    don't fit the model, or if a tensor is missing (the head included), unexpected, or of another shape.
+    """
+    directory = Path(directory)
+    config = read_adapter_config(directory, model)
+    path = directory / WEIGHTS_NAME
+    if not lora_layers(model):
+        inject_lora(model, config)
+    parameters = dict(model.named_parameters())
+    wanted = _file_keys(model, config)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            # With bias="all" peft also writes the biases of the frozen original beside each module trained in full.
+            held = {key for key in file.keys() if ".original_module." not in key}
+            _refuse(
+                path, "lacks", set(wanted) - held, "the adapter is not whole; save it again with its head and biases"
+            )
+            _refuse(path, "holds unexpected", held - set(wanted), "adapter_config.json describes another adapter")
+            loaded = {key: file.get_tensor(key) for key in wanted}
+    except FileNotFoundError:
+        raise LoRAError(f"{path}: no such file; an adapter folder needs its weights as safetensors") from None
+    except (SafetensorError, OSError) as error:
+        raise LoRAError(f"{path}: not a whole safetensors file ({error}); fetch the adapter again") from None
+    wrong = {
+        f"{key} ({list(tensor.shape)}, not {list(parameters[wanted[key]].shape)})"
+        for key, tensor in loaded.items()
+        if tensor.shape != parameters[wanted[key]].shape
+    }
+    _refuse(path, "has the wrong shape in", wrong, "it was trained on another base model or number of labels")
+    with torch.no_grad():
+        for key, tensor in loaded.items():
+            parameters[wanted[key]].copy_(tensor)
+    return config
+
+
+def read_adapter_config(directory: str | Path, model: nn.Module | None = None) -> LoRAConfig:
+    """The settings in a folder's `adapter_config.json`.
+
+    Fields unknown here are accepted at a value that switches them off (null, false, 0, empty), and refused by name
+    otherwise: each of them would change what the adapter computes. With a `model`, names of heads that peft adds
+    to `modules_to_save` for every classifier are dropped where the model has no such part.
+    """
+    path = Path(directory) / CONFIG_NAME
+    raw = _read_json(path)
+    if raw.get("peft_type") != "LORA":
+        raise LoRAError(f"{path}: peft_type is {raw.get('peft_type')!r}; only LORA adapters can be loaded")
+    known = set(_FIELDS.values()) | _WITHOUT_EFFECT
+    for name, value in raw.items():
+        if name not in known and value:
+            raise LoRAError(f"{path}: {name} = {json.dumps(value)} is not supported; train the adapter without it")
+    if raw.get("init_lora_weights") not in (True, False, None, "gaussian"):
+        # PiSSA, OLoRA and the like change the base weights when they start, so the update alone is not the model.
+        raise LoRAError(
+            f"{path}: init_lora_weights = {raw['init_lora_weights']!r} changes the base model; not supported"
+        )
+    values: dict[str, Any] = {}
+    for ours, theirs in _FIELDS.items():
+        value = raw.get(theirs)
+        if value is None:
+            continue
+        if ours == "layers_to_transform" and isinstance(value, int):
+            value = [value]
+        values[ours] = tuple(value) if isinstance(value, list) else value
+    if "target_modules" not in values:
+        raise LoRAError(f"{path}: target_modules is missing; name the layers that the adapter belongs to")
+    values["modules_to_save"] = tuple(dict.fromkeys(values.get("modules_to_save", ())))
+    if model is not None:
+        parts = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+        values["modules_to_save"] = tuple(
+            name for name in values["modules_to_save"] if name not in _HEAD_NAMES or name in parts
+        )
+    if values.get("layers_to_transform") == ():
+        del values["layers_to_transform"]
+    try:
+        return LoRAConfig(**values)
+    except (LoRAError, TypeError, AttributeError) as error:
+        raise LoRAError(f"{path}: {error}") from None
+
+
+def _file_keys(model: nn.Module, config: LoRAConfig) -> dict[str, str]:
+    """Key in the file -> name of our parameter, for everything that belongs to the adapter."""
+    layers = lora_layers(model)
+    kept_whole = {
+        name
+        for wanted in config.modules_to_save
+        for name, _ in model.named_modules()
+        if name == wanted or name.endswith(f".{wanted}")
+    }
+    keys: dict[str, str] = {}
+    for name, _ in model.named_parameters():
+        module, _, own = name.rpartition(".")
+        if own in ("lora_A", "lora_B") and module in layers:
+            keys[f"{_PREFIX}{name}.weight"] = name
+        elif any(name.startswith(f"{whole}.") for whole in kept_whole):
+            keys[f"{_PREFIX}{name}"] = name
+        elif own == "bias":
+            of_adapter = module.endswith(".base") and module.removesuffix(".base") in layers
+            if config.bias == "all" or (config.bias == "lora_only" and of_adapter):
+                shown = f"{module.removesuffix('.base')}.base_layer.bias" if of_adapter else name
+                keys[f"{_PREFIX}{shown}"] = name
+    return keys
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or LoRAError."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LoRAError(f"{path}: no such file; an adapter folder needs its settings") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise LoRAError(f"{path}: not valid JSON ({error}); fetch the adapter again") from None
+    if not isinstance(raw, dict):
+        raise LoRAError(f"{path}: holds no JSON object; fetch the adapter again")
+    return raw
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a small text file so that it is either the old one or the whole new one."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _refuse(path: Path, problem: str, keys: set[str], mend: str) -> None:
+    """Raise LoRAError if there are such keys, naming the first of them."""
+    if keys:
+        shown = sorted(keys)[:6]
+        more = f" and {len(keys) - len(shown)} more" if len(keys) > len(shown) else ""
+        raise LoRAError(f"{path}: {problem} {', '.join(shown)}{more}; {mend}")

@@ -1,0 +1,63 @@
+"""What to adapt and how: the settings of a LoRA run. Plain data, checked when it is made; `lora.inject` applies it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+class LoRAError(ValueError):
+    """A LoRA setting or adapter file that can't be used: one line that names the field or file, and the mend."""
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Settings of LoRA, with the meanings that peft's `LoraConfig` gives them (its name in brackets where it differs).
+
+    Raises LoRAError for a rank below 1, an alpha of 0 or less, a dropout outside [0, 1), an unknown bias, or layers
+    chosen by number together with a regular expression (which can name its layers itself).
+    """
+
+    rank: int = 8
+    """Rank r of every update [r]."""
+    alpha: float = 16.0
+    """Numerator of the scale alpha / r [lora_alpha]."""
+    dropout: float = 0.0
+    """Probability of zeroing an input of the update, during training [lora_dropout]."""
+    target_modules: tuple[str, ...] | str = ("query", "key", "value")
+    """Linear layers to adapt: names or ends of names, or one regular expression for the whole name."""
+    layers_to_transform: tuple[int, ...] | None = None
+    """Numbers of the encoder layers to adapt; None adapts all."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Ranks of single modules, by a regular expression for the end of the name."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Alphas of single modules, likewise."""
+    bias: Literal["none", "lora_only", "all"] = "none"
+    """Biases to train: none, those of the adapted layers, or all."""
+    modules_to_save: tuple[str, ...] = ("classifier",)
+    """Modules trained in full and saved with the adapter; the head, unless told otherwise."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r."""
+
+    def __post_init__(self) -> None:
+        for where, rank in [("rank", self.rank), *((f"rank_pattern {k!r}", v) for k, v in self.rank_pattern.items())]:
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise LoRAError(f"lora: {where} is {rank!r}; a rank is a whole number, 1 or more")
+        for where, alpha in [
+            ("alpha", self.alpha),
+            *((f"alpha_pattern {k!r}", v) for k, v in self.alpha_pattern.items()),
+        ]:
+            if not 0 < alpha < float("inf"):
+                raise LoRAError(f"lora: {where} is {alpha!r}; it must be above 0, as the update is scaled by alpha / r")
+        if not 0 <= self.dropout < 1:
+            raise LoRAError(f"lora: dropout is {self.dropout!r}; it is a probability in [0, 1)")
+        if self.bias not in ("none", "lora_only", "all"):
+            raise LoRAError(f"lora: bias is {self.bias!r}; choose none, lora_only or all")
+        if not self.target_modules:
+            raise LoRAError("lora: target_modules is empty; name at least one linear layer, for example query")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise LoRAError(
+                "lora: layers_to_transform does not go with a regular expression in target_modules; "
+                "put the layer numbers into the expression"
+            )

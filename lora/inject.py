@@ -1,0 +1,208 @@
+"""LoRA in a whole model: which matmuls are wrapped, what is frozen, how many parameters are trained.
+
+Works on any `nn.Module` that holds `nn.Linear`; the layer itself is `lora.linear`, the rules by which names are
+matched are `lora.targets`, files are `lora.adapter`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lora.config import LoRAConfig, LoRAError
+from lora.linear import LoRALinear, PackedLoRALinear
+from lora.targets import layer_index, matches, pattern_value
+
+
+def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
+    """Wrap the targeted linear layers of `model`, in place, and freeze all that is not to be trained.
+
+    Trained afterwards: A and B of every wrapped layer, the biases that `config.bias` names, and the modules in
+    `config.modules_to_save`. Everything else has `requires_grad = False`. Returns the same model.
+
+    Raises LoRAError, before anything is changed, if a target or a module to save matches nothing, if a target is not
+    an `nn.Linear`, or if the model carries adapters already.
+    """
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise LoRAError("this model carries LoRA adapters already; unload them first, or start from a fresh model")
+    targets = _targeted_linears(model, config)
+    saved = _modules_to_save(model, config)
+
+    model.requires_grad_(False)
+    for name, linear in targets.items():
+        lora = LoRALinear(
+            linear,
+            rank=pattern_value(config.rank_pattern, name, config.rank),
+            alpha=pattern_value(config.alpha_pattern, name, config.alpha),
+            dropout=config.dropout,
+            use_rslora=config.use_rslora,
+        )
+        _replace(model, name, lora)
+        if config.bias == "lora_only" and linear.bias is not None:
+            linear.bias.requires_grad_(True)
+    _pack(model)
+    if config.bias == "all":
+        for name, parameter in model.named_parameters():
+            if name.rpartition(".")[2] == "bias":
+                parameter.requires_grad_(True)
+    for module in saved.values():
+        module.requires_grad_(True)
+    return model
+
+
+def _targeted_linears(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Linear]:
+    """The layers that `config` means, by name, in the model's order."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    # A module that is trained in full needs no update beside it, so its layers are never targets (peft's rule).
+    kept_whole = tuple(_modules_to_save(model, config))
+    candidates = {
+        name: module
+        for name, module in model.named_modules()
+        if name and not any(name == whole or name.startswith(f"{whole}.") for whole in kept_whole)
+    }
+    single = [config.target_modules] if isinstance(config.target_modules, str) else [[t] for t in config.target_modules]
+    wanted_layers = config.layers_to_transform
+    found: set[str] = set()
+    for target in single:
+        hits = [name for name in candidates if matches(target, name)]
+        if wanted_layers is not None:
+            hits = [name for name in hits if layer_index(name) in wanted_layers]
+        shown = target if isinstance(target, str) else target[0]
+        if not hits:
+            where = "" if wanted_layers is None else f" in layers {', '.join(map(str, wanted_layers))}"
+            raise LoRAError(
+                f"lora: target_modules: {shown!r} matches no linear layer{where}; there are {_short_names(linears)}"
+            )
+        for name in hits:
+            if name not in linears:
+                kind = type(candidates[name]).__name__
+                raise LoRAError(
+                    f"lora: target_modules: {shown!r} matches {name}, a {kind}; LoRA here wraps nn.Linear: "
+                    f"{_short_names(linears)}"
+                )
+        found.update(hits)
+    if wanted_layers is not None:
+        present = {layer_index(name) for name in linears} - {None}
+        absent = sorted(set(wanted_layers) - present)
+        if absent:
+            raise LoRAError(
+                f"lora: layers_to_transform: no layer {', '.join(map(str, absent))}; "
+                f"the model has layers {min(present)} to {max(present)}"
+            )
+    return {name: linear for name, linear in linears.items() if name in found}
+
+
+def _modules_to_save(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
+    """The modules that `config.modules_to_save` means: those whose name ends in one of its entries, as in peft."""
+    chosen: dict[str, nn.Module] = {}
+    for wanted in config.modules_to_save:
+        hits = {name: module for name, module in model.named_modules() if matches([wanted], name)}
+        if not hits:
+            children = ", ".join(name for name, _ in model.named_children())
+            raise LoRAError(f"lora: modules_to_save: {wanted!r} matches no module; the model's parts are {children}")
+        chosen |= hits
+    return chosen
+
+
+def _short_names(linears: dict[str, nn.Linear]) -> str:
+    """The distinct endings of the linear layers' names, without layer numbers, for error messages."""
+    return ", ".join(
+        dict.fromkeys(name.split(".", index + 1)[-1] for name in linears for index in [_last_number(name)])
+    )
+
+
+def _last_number(name: str) -> int:
+    """Position of the last number in a dotted path, -1 if there is none."""
+    return max((index for index, part in enumerate(name.split(".")) if part.isdigit()), default=-1)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where `model` holds the submodule called `name`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _pack(model: nn.Module) -> None:
+    """Give every packed projection with an adapted block the forward pass that knows of the adapters.
+
+    A packed projection reads its children's weights and never calls them, so wrapping a child alone would silently
+    leave its update out.
+    """
+    for name, module in list(model.named_modules()):
+        blocks = getattr(module, "packed_blocks", ())
+        if any(isinstance(module.get_submodule(block), LoRALinear) for block in blocks):
+            _replace(model, name, PackedLoRALinear(module))
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Every `LoRALinear` of the model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Merge every adapter into its frozen weight, in place. Raises RuntimeError if one is merged already."""
+    for layer in lora_layers(model).values():
+        layer.merge()
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """Undo `merge_lora`, bit for bit. Raises RuntimeError if a layer is not merged."""
+    for layer in lora_layers(model).values():
+        layer.unmerge()
+
+
+def unload_lora(model: nn.Module) -> nn.Module:
+    """Replace every adapter by its plain linear layer, in place: merged ones keep their update, others lose it.
+
+    `merge_lora(model)` followed by `unload_lora(model)` is peft's `merge_and_unload()`. Returns the same model.
+    """
+    for name, layer in lora_layers(model).items():
+        _replace(model, name, layer.base)
+    return model
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a model, each tensor counted once.
+
+    peft's `get_nb_trainable_parameters()` gives the same `trainable`; its total is larger by the size of the modules
+    in `modules_to_save`, as it keeps a frozen original beside each trained copy.
+    """
+
+    trainable: int
+    total: int
+    parts: dict[str, tuple[int, int]]
+    """(trainable, total) of each part: every top-level module without its adapters, and the adapters by target."""
+
+    @property
+    def percentage(self) -> float:
+        """100 * trainable / total."""
+        return 100 * self.trainable / self.total
+
+    def table(self) -> str:
+        """One line a part and one for the sum, numbers aligned, for a terminal."""
+        rows = [*self.parts.items(), ("all", (self.trainable, self.total))]
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{'part':<{width}}  {'trainable':>11}  {'total':>13}"]
+        lines += [f"{name:<{width}}  {trainable:>11,}  {total:>13,}" for name, (trainable, total) in rows]
+        return "\n".join(lines)
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count trainable and total parameters, and attribute them to parts of the model."""
+    parts: dict[str, tuple[int, int]] = {}
+    for name, parameter in model.named_parameters():  # names a shared tensor once
+        module_name, _, own_name = name.rpartition(".")
+        if own_name in ("lora_A", "lora_B"):
+            short = module_name.split(".", _last_number(module_name) + 1)[-1]
+            part = f"LoRA on {short}"
+        else:
+            part = ".".join(name.split(".")[:2]) if name.count(".") > 1 else name.split(".")[0]
+        trainable, total = parts.get(part, (0, 0))
+        parts[part] = (trainable + parameter.numel() * parameter.requires_grad, total + parameter.numel())
+    return ParameterCount(
+        trainable=sum(trainable for trainable, _ in parts.values()),
+        total=sum(total for _, total in parts.values()),
+        parts=parts,
+    )

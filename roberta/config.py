@@ -1,0 +1,136 @@
+"""Hyper-parameters of the encoder, read from a checkpoint's `config.json`.
+
+Nothing here is specific to one size: roberta-base, roberta-large, MiniLM and a two-layer toy are four values of one
+class. Weights are `roberta.weights`' business, and what a run trains is `training.config`'s.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be used: one line that names the file, what is wrong with it, and the mend."""
+
+
+@dataclass(frozen=True)
+class RobertaConfig:
+    """Sizes and constants of a RoBERTa encoder with a classification head.
+
+    Names and meanings are those of the published `config.json` files, so that a file is read field by field.
+    Sources: Liu et al. 2019 (RoBERTa), section 2 and table 9; Devlin et al. 2018 (BERT), section 3.
+    """
+
+    vocab_size: int = 50265
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    max_position_embeddings: int = 514
+    """Rows of the position table. The first `pad_token_id + 1` are never used by a real token: see `max_length`."""
+    type_vocab_size: int = 1
+    layer_norm_eps: float = 1e-5
+    pad_token_id: int = 1
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None
+    """Dropout inside the head; None means `hidden_dropout_prob`, as in the published models."""
+    initializer_range: float = 0.02
+    """Standard deviation of the normal distribution that a new head is drawn from."""
+    label_names: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and not (isinstance(value, int) and value >= (field.name == "pad_token_id") ^ 1):
+                raise CheckpointError(f"{field.name} is {value!r}, it must be a positive whole number")
+        if self.hidden_size % self.num_attention_heads:
+            raise CheckpointError(
+                f"hidden_size {self.hidden_size} can't be cut into {self.num_attention_heads} equal attention heads"
+            )
+        if self.max_length < 1:
+            raise CheckpointError(
+                f"max_position_embeddings {self.max_position_embeddings} leaves no room above pad_token_id "
+                f"{self.pad_token_id}"
+            )
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes."""
+        return len(self.label_names)
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence in tokens: real positions start at `pad_token_id + 1`, so those rows are lost."""
+        return self.max_position_embeddings - (self.pad_token_id + 1)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> RobertaConfig:
+        """Read a checkpoint's `config.json`; a BERT one is translated (see `roberta.weights` for why that is exact).
+
+        Raises CheckpointError if the file is not JSON, describes another architecture, or asks for what this encoder
+        does not do (another activation, relative positions, a decoder).
+        """
+        path = Path(path)
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: no such file; a checkpoint folder needs its config.json") from None
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise CheckpointError(f"{path}: not valid JSON ({error}); fetch the checkpoint again") from None
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{path}: holds no JSON object; fetch the checkpoint again")
+        try:
+            return cls.from_dict(raw)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> RobertaConfig:
+        """Read the fields of a `config.json` already parsed; raises CheckpointError as `from_file` does."""
+        model_type = raw.get("model_type")
+        if model_type not in ("roberta", "bert"):
+            raise CheckpointError(f"model_type is {model_type!r}; this encoder holds 'roberta' and 'bert' checkpoints")
+        for name, supported in (
+            ("hidden_act", "gelu"),
+            ("position_embedding_type", "absolute"),
+            ("is_decoder", False),
+            ("add_cross_attention", False),
+        ):
+            if raw.get(name, supported) != supported:
+                raise CheckpointError(f"{name} is {raw[name]!r}; this encoder computes {supported!r} only")
+        # transformers leaves fields at their class default out of some files; its two classes differ in these four.
+        if model_type == "bert":
+            defaults = {"vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2, "pad_token_id": 0}
+            defaults["layer_norm_eps"] = 1e-12
+        else:
+            defaults = {"vocab_size": 50265, "max_position_embeddings": 512, "type_vocab_size": 2, "pad_token_id": 1}
+            defaults["layer_norm_eps"] = 1e-12
+        names = {field.name for field in fields(cls)} - {"label_names"}
+        values = defaults | {name: raw[name] for name in names if raw.get(name) is not None}
+        if "id2label" in raw and isinstance(raw["id2label"], dict):
+            by_index = {int(index): str(name) for index, name in raw["id2label"].items()}
+            if sorted(by_index) != list(range(len(by_index))):
+                raise CheckpointError("id2label must number the labels 0, 1, 2, ... without gaps")
+            values["label_names"] = tuple(by_index[index] for index in range(len(by_index)))
+        if model_type == "bert":
+            # The position table gains pad_token_id + 1 rows at the top, and a single segment needs one type row.
+            values["max_position_embeddings"] += values["pad_token_id"] + 1
+            values["type_vocab_size"] = 1
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `config.json` that `transformers.RobertaForSequenceClassification` reads."""
+        raw = asdict(self)
+        labels = raw.pop("label_names")
+        return raw | {
+            "architectures": ["RobertaForSequenceClassification"],
+            "model_type": "roberta",
+            "hidden_act": "gelu",
+            "position_embedding_type": "absolute",
+            "id2label": {str(index): name for index, name in enumerate(labels)},
+            "label2id": {name: index for index, name in enumerate(labels)},
+        }

@@ -1,0 +1,235 @@
+"""RoBERTa: embeddings, attention, feed-forward, encoder, classification head.
+
+The modules carry the names of the published checkpoints (`roberta.encoder.layer.0.attention.self.query`, ...), so a
+checkpoint's keys, a peft adapter's keys and the paths one types for a LoRA target are all the paths of this tree.
+Nothing here knows of LoRA: `lora.inject` replaces linear layers of this tree from outside.
+
+Shapes: `batch` sequences of `seq` tokens, each a vector of `hidden`; `heads` attention heads of `head = hidden / heads`.
+Sources: Vaswani et al. 2017 (attention), Devlin et al. 2018 (BERT), Liu et al. 2019 (RoBERTa).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from roberta.config import RobertaConfig
+
+
+class Embeddings(nn.Module):
+    """Word + position + token-type embedding, LayerNorm, dropout.
+
+        e_t = LayerNorm(word[id_t] + position[p + t'] + type[0]),   t' = number of real tokens up to and including t
+
+    Positions are counted over real tokens only and start at `p + 1`, p being the padding index: rows 0..p of the
+    table belong to padding. Source: Devlin et al. 2018, section 3 and figure 2; the offset is RoBERTa's own.
+    """
+
+    def __init__(self, config: RobertaConfig) -> None:
+        super().__init__()
+        padding, hidden = config.pad_token_id, config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, hidden, padding_idx=padding)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, hidden, padding_idx=padding)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, hidden)
+        self.LayerNorm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(batch, seq) ids and mask -> (batch, seq, hidden)."""
+        real = attention_mask.long()
+        position_ids = real.cumsum(dim=1) * real + self.position_embeddings.padding_idx  # padding stays at row p
+        embedded = self.word_embeddings(input_ids) + self.token_type_embeddings.weight[0]
+        embedded = embedded + self.position_embeddings(position_ids)
+        return self.dropout(self.LayerNorm(embedded))
+
+
+class PackedLinear(nn.Module):
+    """Several linear layers on the same input, computed as one wide matmul.
+
+        [y_q | y_k | y_v] = x [W_q ; W_k ; W_v]^T + [b_q | b_k | b_v]
+
+    Each block stays an `nn.Linear` under its own name, with its own weight and bias: checkpoints, adapters, freezing
+    and counting see three layers, the processor sees one product of three times the width. The stacked weight is
+    written anew in each forward pass, (3 hidden^2) values against the (3 hidden^2 tokens) multiply-adds that follow.
+
+    `packed_blocks` names the children in the order of their output columns. It is what tells code that replaces
+    linear layers from outside that these children are read by their parent and never called themselves.
+    """
+
+    def __init__(self, in_features: int, blocks: dict[str, int]) -> None:
+        super().__init__()
+        self.packed_blocks = tuple(blocks)
+        for name, out_features in blocks.items():
+            self.add_module(name, nn.Linear(in_features, out_features))
+
+    def forward(self, x: Tensor, blocks: tuple[str, ...] | None = None) -> Tensor:
+        """(..., in) -> (..., sum of the blocks' out), for the named blocks in the order given; all of them by default."""
+        layers = [self.get_submodule(name) for name in blocks or self.packed_blocks]
+        weight = torch.cat([layer.weight for layer in layers])  # (sum out, in)
+        bias = torch.cat([layer.bias for layer in layers])  # (sum out,)
+        return F.linear(x, weight, bias)
+
+
+class AddAndNorm(nn.Module):
+    """What closes each half of a layer: y = LayerNorm(residual + dropout(W x + b)).
+
+    LayerNorm after the sum ("post-LN"), as published; later models moved it in front of the matmuls.
+    """
+
+    def __init__(self, in_features: int, config: RobertaConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(in_features, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """(batch, seq, in) and (batch, seq, hidden) -> (batch, seq, hidden)."""
+        return self.LayerNorm(residual + self.dropout(self.dense(x)))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with its output projection.
+
+        context_h = softmax(Q_h K_h^T / sqrt(head) + M) V_h,   y = LayerNorm(x + dropout(W_o [context_1 ... context_H]))
+
+    M is 0 where the key is a real token and -inf where it is padding. The division, softmax, dropout on the
+    probabilities and product with V are PyTorch's `scaled_dot_product_attention`, which picks a fused kernel where it
+    has one. Source: Vaswani et al. 2017, section 3.2.
+    """
+
+    def __init__(self, config: RobertaConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.dropout_prob = config.attention_probs_dropout_prob
+        # Called "self" because the checkpoints call it so: attention.self.query is the path of W_q.
+        self.self = PackedLinear(hidden, {"query": hidden, "key": hidden, "value": hidden})
+        self.output = AddAndNorm(hidden, config)
+
+    def forward(self, hidden_states: Tensor, key_mask: Tensor, queries: int | None = None) -> Tensor:
+        """(batch, seq, hidden) and a boolean (batch, 1, 1, seq), true at real tokens -> (batch, queries, hidden).
+
+        Only the first `queries` tokens are updated, all of them by default; each still attends to every real token.
+        """
+        if queries is None:
+            query, key, value = self.self(hidden_states).chunk(3, dim=-1)
+        else:
+            hidden_states, whole = hidden_states[:, :queries], hidden_states
+            query = self.self(hidden_states, ("query",))
+            key, value = self.self(whole, ("key", "value")).chunk(2, dim=-1)
+        context = F.scaled_dot_product_attention(
+            self._split_heads(query),
+            self._split_heads(key),
+            self._split_heads(value),
+            attn_mask=key_mask,
+            dropout_p=self.dropout_prob if self.training else 0.0,
+        )  # (batch, heads, queries, head)
+        return self.output(context.transpose(1, 2).flatten(2), residual=hidden_states)
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """(batch, seq, hidden) -> (batch, heads, seq, head)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class Intermediate(nn.Module):
+    """The wide half of the feed-forward network: y = GELU(W x + b), with the exact GELU, x Phi(x).
+
+    Source: Hendrycks & Gimpel 2016, section 2; Vaswani et al. 2017, section 3.3.
+    """
+
+    def __init__(self, config: RobertaConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(batch, seq, hidden) -> (batch, seq, intermediate)."""
+        return F.gelu(self.dense(hidden_states))
+
+
+class Layer(nn.Module):
+    """One encoder layer: attention, then the feed-forward network, each closed by `AddAndNorm`."""
+
+    def __init__(self, config: RobertaConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.intermediate = Intermediate(config)
+        self.output = AddAndNorm(config.intermediate_size, config)
+
+    def forward(self, hidden_states: Tensor, key_mask: Tensor, queries: int | None = None) -> Tensor:
+        """(batch, seq, hidden) and a boolean (batch, 1, 1, seq) -> (batch, queries, hidden); see `Attention`."""
+        attended = self.attention(hidden_states, key_mask, queries)
+        return self.output(self.intermediate(attended), residual=attended)
+
+
+class Encoder(nn.Module):
+    """`num_hidden_layers` layers, one after the other.
+
+    With `first_token_only`, the last layer updates `<s>` alone, the one vector that classification reads: keys and
+    values still come from every token, so the result is the same, but the last layer's query, output and feed-forward
+    matmuls, 10 of its 12 hidden^2 multiply-adds a token, shrink to one token a sequence.
+    """
+
+    def __init__(self, config: RobertaConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, hidden_states: Tensor, key_mask: Tensor, first_token_only: bool = False) -> Tensor:
+        """(batch, seq, hidden) and a boolean (batch, 1, 1, seq) -> (batch, seq, hidden), or (batch, 1, hidden)."""
+        *lower, last = self.layer
+        for layer in lower:
+            hidden_states = layer(hidden_states, key_mask)
+        return last(hidden_states, key_mask, queries=1 if first_token_only else None)
+
+
+class Roberta(nn.Module):
+    """Token ids to one contextual vector a token."""
+
+    def __init__(self, config: RobertaConfig) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, first_token_only: bool = False) -> Tensor:
+        """(batch, seq) ids, (batch, seq) mask (1 or True at real tokens, 0 at padding) -> (batch, seq, hidden).
+
+        With `first_token_only`, the vector of `<s>` alone, (batch, 1, hidden): the same numbers for less work.
+        """
+        key_mask = attention_mask.bool()[:, None, None, :]  # the same for every head and every query
+        return self.encoder(self.embeddings(input_ids, attention_mask), key_mask, first_token_only)
+
+
+class ClassificationHead(nn.Module):
+    """logits = W_2 dropout(tanh(W_1 dropout(h) + b_1)) + b_2, h being the vector of the first token, `<s>`.
+
+    Source: Devlin et al. 2018, section 4.1 ([CLS] there); dense-tanh-projection as in the published RoBERTa code.
+    """
+
+    def __init__(self, config: RobertaConfig) -> None:
+        super().__init__()
+        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(dropout)
+        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, sentence: Tensor) -> Tensor:
+        """(batch, hidden) -> (batch, labels)."""
+        return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(sentence)))))
+
+
+class RobertaForSequenceClassification(nn.Module):
+    """The encoder with the head on top: what is trained, saved and evaluated here.
+
+    A model built directly has PyTorch's default initial values; `roberta.weights.load_checkpoint` builds one with a
+    checkpoint's.
+    """
+
+    def __init__(self, config: RobertaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.roberta = Roberta(config)
+        self.classifier = ClassificationHead(config)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(batch, seq) ids and mask -> (batch, labels) logits, before the softmax."""
+        return self.classifier(self.roberta(input_ids, attention_mask, first_token_only=True)[:, 0])

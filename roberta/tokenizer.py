@@ -1,0 +1,116 @@
+"""Text to token ids, on the `tokenizers` library: the ids that `transformers` gives for the same files.
+
+Two kinds of files: `vocab.json` + `merges.txt` (RoBERTa's byte-level BPE), or one `tokenizer.json` that describes any
+tokenizer whole (WordPiece for BERT). Padding is the batch's business: see `data.batching`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from roberta.config import CheckpointError
+
+# What transformers sets for RoBERTa; <mask> swallows the space before it.
+_ROBERTA_SPECIAL_TOKENS = [
+    AddedToken("<s>", special=True, normalized=True),
+    AddedToken("<pad>", special=True, normalized=True),
+    AddedToken("</s>", special=True, normalized=True),
+    AddedToken("<unk>", special=True, normalized=True),
+    AddedToken("<mask>", special=True, lstrip=True, normalized=False),
+]
+# The roles of special tokens, as transformers names them: what fills each in RoBERTa's vocabulary and in BERT's.
+_SPECIAL_TOKENS = {
+    "bos_token": ("<s>", "[CLS]"),
+    "eos_token": ("</s>", "[SEP]"),
+    "cls_token": ("<s>", "[CLS]"),
+    "sep_token": ("</s>", "[SEP]"),
+    "unk_token": ("<unk>", "[UNK]"),
+    "pad_token": ("<pad>", "[PAD]"),
+    "mask_token": ("<mask>", "[MASK]"),
+}
+
+
+class TextTokenizer:
+    """A tokenizer with its special tokens, truncating to `max_length` tokens (special ones included).
+
+    As in `transformers`, a special token spelled out in the text ("<s>") is read as that token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, max_length: int) -> None:
+        self._tokenizer = tokenizer
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(max_length)
+        self.max_length = max_length
+        padding_ids = [i for i in map(tokenizer.token_to_id, _SPECIAL_TOKENS["pad_token"]) if i is not None]
+        if not padding_ids:
+            raise CheckpointError("the vocabulary has no padding token, <pad> or [PAD]")
+        self.pad_token_id: int = padding_ids[0]
+
+    @classmethod
+    def from_directory(cls, directory: str | Path, max_length: int) -> TextTokenizer:
+        """Read `tokenizer.json`, or else `vocab.json` + `merges.txt`.
+
+        Raises CheckpointError if neither is there or a file is broken.
+        """
+        directory = Path(directory)
+        whole, vocab, merges = (directory / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+        if whole.is_file():
+            source, build = whole, lambda: Tokenizer.from_file(str(whole))
+        elif vocab.is_file() and merges.is_file():
+            source, build = vocab, lambda: _byte_level_bpe(vocab, merges)
+        else:
+            raise CheckpointError(
+                f"{directory}: holds no tokenizer; it needs tokenizer.json, or vocab.json + merges.txt"
+            )
+        try:
+            return cls(build(), max_length)
+        except CheckpointError as error:
+            raise CheckpointError(f"{source}: {error}") from None
+        except Exception as error:  # the library raises bare Exception for every kind of broken file
+            raise CheckpointError(f"{source}: not a tokenizer ({error}); fetch the checkpoint again") from None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included: every id is below it."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the ids of some text could: a hash of vocabulary, rules and truncation."""
+        return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text with its special tokens, at most `max_length`; no padding."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+
+    def save(self, directory: str | Path) -> None:
+        """Write `tokenizer.json`, without truncation, and the small file by which `transformers` recognises it."""
+        directory = Path(directory)
+        plain = Tokenizer.from_str(self._tokenizer.to_str())
+        plain.no_truncation()
+        plain.save(str(directory / "tokenizer.json"))
+        vocabulary = plain.get_vocab(with_added_tokens=True)
+        roles = {
+            role: next(token for token in names if token in vocabulary)
+            for role, names in _SPECIAL_TOKENS.items()
+            if any(token in vocabulary for token in names)
+        }
+        # Without this file transformers takes the tokenizer class of config.json's model_type, whatever the vocabulary.
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.max_length} | roles
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _byte_level_bpe(vocab: Path, merges: Path) -> Tokenizer:
+    """RoBERTa's tokenizer: byte-level BPE (Radford et al. 2019, section 2.2) in `<s> ... </s>`."""
+    tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(_ROBERTA_SPECIAL_TOKENS)
+    begin, end = (tokenizer.token_to_id(token) for token in ("<s>", "</s>"))
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", end), ("<s>", begin), add_prefix_space=False)
+    return tokenizer

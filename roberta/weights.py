@@ -1,0 +1,169 @@
+"""Checkpoints: safetensors in, safetensors out.
+
+Our module tree has the names of the published checkpoints, so a key is a parameter's name, up to a prefix. Files are
+read memory-mapped, tensor by tensor, straight into the model's own memory: no pickle, no second full copy.
+
+**BERT checkpoints load into the same encoder, exactly.** BERT and RoBERTa compute the same function of different
+tables, and the two differences are a renumbering of rows:
+
+- *Positions.* BERT gives token t = 0, 1, ... row t. RoBERTa gives it row t + p + 1, p being the padding index. With
+  p + 1 rows put above BERT's table, RoBERTa's row t + p + 1 is BERT's row t. The new rows are read at padding tokens
+  only, and no real token sees those: attention masks them out, all else works on one token at a time.
+- *Token types.* BERT adds row 0 of a two-row table to every token of a single text, RoBERTa row 0 of a one-row table.
+  Taking BERT's row 0 is the whole table, as long as there is one text and not a pair; classification here has one.
+
+So the hidden states of all real tokens are the same numbers (tests/parity/test_bert.py, against `BertModel`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from roberta.config import CheckpointError, RobertaConfig
+from roberta.model import RobertaForSequenceClassification
+from roberta.tokenizer import TextTokenizer
+
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+
+# Parts of pretraining checkpoints that classification has no use for, by name; anything else unknown is an error.
+_IGNORED_PREFIXES = ("lm_head.", "pooler.", "cls.")
+_IGNORED_SUFFIXES = ("embeddings.position_ids",)
+_POSITIONS = "roberta.embeddings.position_embeddings.weight"
+_TOKEN_TYPES = "roberta.embeddings.token_type_embeddings.weight"
+
+
+def load_checkpoint(
+    directory: str | Path, config: RobertaConfig | None = None, *, new_head: bool = False
+) -> RobertaForSequenceClassification:
+    """Build the model of a checkpoint folder (`config.json`, `model.safetensors`), in float32 on the CPU.
+
+    `config` is the folder's own unless given; pass a changed copy to set labels or dropout. The head is read if the
+    file holds one (a fine-tuned checkpoint), unless `new_head`; otherwise it is drawn from
+    N(0, initializer_range^2) with zero biases, from torch's global generator.
+
+    Raises CheckpointError if the file is missing, cut off or no safetensors file, or if a key is missing, unexpected
+    or of another shape; the message lists the keys.
+    """
+    directory = Path(directory)
+    path = directory / WEIGHTS_NAME
+    bert = _is_bert(directory / CONFIG_NAME)
+    config = config or RobertaConfig.from_file(directory / CONFIG_NAME)
+    with torch.device("meta"):  # shapes without memory: nothing is initialised only to be overwritten
+        model = RobertaForSequenceClassification(config)
+    model.to_empty(device="cpu")
+    parameters = dict(model.named_parameters())
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            keys = {name: key for key in file.keys() if (name := _parameter_name(key)) is not None}
+            has_head = any(name.startswith("classifier.") for name in keys)
+            if new_head or not has_head:
+                keys = {name: key for name, key in keys.items() if not name.startswith("classifier.")}
+                _initialise_head(model.classifier, config)
+                expected = {name for name in parameters if not name.startswith("classifier.")}
+            else:
+                expected = set(parameters)
+            _refuse(path, "lacks", expected - set(keys), "it is not a whole RoBERTa or BERT encoder")
+            unexpected = {keys[name] for name in set(keys) - expected}
+            _refuse(path, "holds unexpected", unexpected, "it is a checkpoint of another architecture")
+            wrong = []
+            for name, key in keys.items():
+                if not _copy(file.get_tensor(key), parameters[name], name, config, bert):
+                    shapes = f"{list(file.get_slice(key).get_shape())}, not {list(parameters[name].shape)}"
+                    wrong.append(f"{key} ({shapes})")
+            head_only = all(key.startswith("classifier.") for key in wrong)
+            mend = (
+                "its head has other labels; ask for a new head" if head_only else "config.json describes another model"
+            )
+            _refuse(path, "has the wrong shape in", wrong, mend)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; a checkpoint folder needs its weights as safetensors") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); fetch the checkpoint again") from None
+    return model
+
+
+def save_checkpoint(
+    model: RobertaForSequenceClassification, directory: str | Path, tokenizer: TextTokenizer | None = None
+) -> None:
+    """Write a folder that `transformers.RobertaForSequenceClassification.from_pretrained` opens.
+
+    `model` holds plain linear layers (adapters merged and unloaded). With a tokenizer, `AutoTokenizer` opens too.
+    Files appear whole or not at all. Raises ValueError if the model still carries adapters.
+    """
+    plain = set(_parameter_names(model.config))
+    tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+    if set(tensors) != plain:
+        raise ValueError("this model carries adapters; merge and unload them before saving it as a checkpoint")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    part = directory / f"{WEIGHTS_NAME}.part"
+    try:
+        save_file(tensors, str(part), metadata={"format": "pt"})
+        os.replace(part, directory / WEIGHTS_NAME)
+    finally:
+        part.unlink(missing_ok=True)
+    (directory / CONFIG_NAME).write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save(directory)
+
+
+def _parameter_names(config: RobertaConfig) -> list[str]:
+    """Names of all parameters of a plain model."""
+    with torch.device("meta"):
+        return [name for name, _ in RobertaForSequenceClassification(config).named_parameters()]
+
+
+def _is_bert(config_path: Path) -> bool:
+    """Whether the folder's own config.json says so. `RobertaConfig.from_file` reports whatever is wrong with it."""
+    RobertaConfig.from_file(config_path)
+    return json.loads(config_path.read_text(encoding="utf-8"))["model_type"] == "bert"
+
+
+def _parameter_name(key: str) -> str | None:
+    """The parameter that a checkpoint's key means; None for parts that are left out by name."""
+    name = key.removeprefix("roberta.").removeprefix("bert.")
+    if name.startswith(_IGNORED_PREFIXES) or name.endswith(_IGNORED_SUFFIXES):
+        return None
+    # The first BERT files call LayerNorm's weight gamma and its bias beta.
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    return name if name.startswith("classifier.") else f"roberta.{name}"
+
+
+@torch.no_grad()
+def _copy(source: Tensor, target: nn.Parameter, name: str, config: RobertaConfig, bert: bool) -> bool:
+    """Copy a checkpoint's tensor into the parameter `name`; False if the shapes don't fit."""
+    if bert and name == _POSITIONS:
+        shift = config.pad_token_id + 1
+        target[:shift].zero_()
+        target = target[shift:]
+    elif bert and name == _TOKEN_TYPES:
+        source = source[:1]
+    if source.shape != target.shape:
+        return False
+    target.copy_(source)
+    return True
+
+
+def _initialise_head(head: nn.Module, config: RobertaConfig) -> None:
+    """Weights from N(0, initializer_range^2), biases zero, as for every new layer in Devlin et al. 2018."""
+    for name, parameter in head.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.normal_(parameter, std=config.initializer_range)
+
+
+def _refuse(path: Path, problem: str, keys: set[str] | list[str], mend: str) -> None:
+    """Raise CheckpointError if there are such keys, naming the first of them."""
+    if keys:
+        shown = sorted(keys)[:6]
+        more = f" and {len(keys) - len(shown)} more" if len(keys) > len(shown) else ""
+        raise CheckpointError(f"{path}: {problem} {', '.join(shown)}{more}; {mend}")
