@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +71,21 @@ def save_adapter(
     *,
     base_model: str | None = None,
     task_type: str | None = None,
+    also: Iterable[str] = (),
 ) -> None:
     """Write the adapters, trained biases and modules_to_save of `model` as peft does.
 
     `base_model` is the name or path under which the base checkpoint is found again, `task_type` peft's name of the
-    task ("SEQ_CLS" for classification). The folder is made; each file appears whole or not at all.
+    task ("SEQ_CLS" for classification). `also` names frozen parameters that the base checkpoint does not hold, such
+    as parts of a new head that are not trained: without them the adapter could not be put together again. The folder
+    is made; each file appears whole or not at all.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     parameters = dict(model.named_parameters())
-    tensors = {key: parameters[name].detach().cpu().contiguous() for key, name in _file_keys(model, config).items()}
+    keys = _file_keys(model, config)
+    keys |= {f"{_PREFIX}{name}": name for name in also if name not in keys.values()}
+    tensors = {key: parameters[name].detach().cpu().contiguous() for key, name in keys.items()}
     fields: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -122,6 +128,8 @@ def load_adapter(model: nn.Module, directory: str | Path) -> LoRAConfig:
             _refuse(
                 path, "lacks", set(wanted) - held, "the adapter is not whole; save it again with its head and biases"
             )
+            # Frozen parameters that the base checkpoint lacks (see save_adapter) lie there under their own names.
+            wanted |= {key: name for key in held - set(wanted) if (name := key.removeprefix(_PREFIX)) in parameters}
             _refuse(path, "holds unexpected", held - set(wanted), "adapter_config.json describes another adapter")
             loaded = {key: file.get_tensor(key) for key in wanted}
     except FileNotFoundError:
@@ -138,6 +146,11 @@ def load_adapter(model: nn.Module, directory: str | Path) -> LoRAConfig:
         for key, tensor in loaded.items():
             parameters[wanted[key]].copy_(tensor)
     return config
+
+
+def read_base_model(directory: str | Path) -> str | None:
+    """Name or path of the base checkpoint that the adapter was trained on, if its settings tell."""
+    return _read_json(Path(directory) / CONFIG_NAME).get("base_model_name_or_path") or None
 
 
 def read_adapter_config(directory: str | Path, model: nn.Module | None = None) -> LoRAConfig:
@@ -182,6 +195,21 @@ def read_adapter_config(directory: str | Path, model: nn.Module | None = None) -
         return LoRAConfig(**values)
     except (LoRAError, TypeError, AttributeError) as error:
         raise LoRAError(f"{path}: {error}") from None
+
+
+def adapter_shapes(directory: str | Path) -> dict[str, list[int]]:
+    """Shapes of the tensors in a folder's `adapter_model.safetensors`, by their names without peft's prefix.
+
+    Reads the header alone. Raises LoRAError if the file is missing or broken.
+    """
+    path = Path(directory) / WEIGHTS_NAME
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {key.removeprefix(_PREFIX): file.get_slice(key).get_shape() for key in file.keys()}
+    except FileNotFoundError:
+        raise LoRAError(f"{path}: no such file; an adapter folder needs its weights as safetensors") from None
+    except (SafetensorError, OSError) as error:
+        raise LoRAError(f"{path}: not a whole safetensors file ({error}); fetch the adapter again") from None
 
 
 def _file_keys(model: nn.Module, config: LoRAConfig) -> dict[str, str]:

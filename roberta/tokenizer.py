@@ -86,7 +86,12 @@ class TextTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text with its special tokens, at most `max_length`; no padding."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+        return self.encode_batch_with_cuts(texts)[0]
+
+    def encode_batch_with_cuts(self, texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
+        """The ids as `encode_batch` gives them, and for each text whether it was longer than `max_length`."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts))
+        return [encoding.ids for encoding in encodings], [bool(encoding.overflowing) for encoding in encodings]
 
     def save(self, directory: str | Path) -> None:
         """Write `tokenizer.json`, without truncation, and the small file by which `transformers` recognises it."""

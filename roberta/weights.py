@@ -90,6 +90,21 @@ def load_checkpoint(
     return model
 
 
+def has_head(directory: str | Path) -> bool:
+    """Whether a checkpoint folder's weights hold a classification head, so that none need be drawn anew.
+
+    Reads the header alone. Raises CheckpointError as `load_checkpoint` does.
+    """
+    path = Path(directory) / WEIGHTS_NAME
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return any(key.startswith("classifier.") for key in file.keys())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; a checkpoint folder needs its weights as safetensors") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); fetch the checkpoint again") from None
+
+
 def save_checkpoint(
     model: RobertaForSequenceClassification, directory: str | Path, tokenizer: TextTokenizer | None = None
 ) -> None:

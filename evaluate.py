@@ -1,0 +1,200 @@
+"""Use a trained adapter: score the test split again, classify texts, or write the merged model.
+
+    python evaluate.py runs/quickstart
+    python evaluate.py runs/quickstart --text "Oil prices rise" "Cup final goes to penalties"
+    python evaluate.py runs/quickstart --merged --export merged/
+
+The folder is a run of `train.py`, or an adapter that peft wrote.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from data.assets import fetch_checkpoint
+from data.batching import encode_split, evaluation_batches
+from data.sources import DataConfig, Split, load_source
+from lora.adapter import adapter_shapes, load_adapter, read_base_model
+from lora.inject import merge_lora, unload_lora
+from roberta.config import RobertaConfig
+from roberta.model import RobertaForSequenceClassification
+from roberta.tokenizer import TextTokenizer
+from roberta.weights import has_head, load_checkpoint, save_checkpoint
+from training.command_line import parse_options, run_command
+from training.config import RunConfig, TrainConfig, read_config
+from training.errors import ConfigError
+from training.precision import Compute, choose_compute
+from training.progress import say
+from training.run_folder import RunFolder
+from training.scoring import predict, score
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Score the test split with a trained adapter, or classify texts, or export the merged model."""
+
+    run: tyro.conf.Positional[Path]
+    """A run folder, or an adapter folder that peft wrote."""
+    text: tuple[str, ...] = ()
+    """Texts to classify."""
+    file: Path | None = None
+    """A file with one text to classify a line."""
+    merged: bool = False
+    """Fold the adapters into the weights first."""
+    export: Path | None = None
+    """Write the merged model to this folder, for transformers."""
+    base: str | None = None
+    """The pretrained checkpoint, by name or folder, where it is not the one that the adapter names."""
+    config: Path | None = None
+    """Settings whose data are scored, for an adapter folder; a run folder has its own."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] | None = None
+    """Type of the matmuls; that of the training unless given."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with its adapter, and what is needed to use it."""
+
+    model: RobertaForSequenceClassification
+    tokenizer: TextTokenizer
+    label_names: tuple[str, ...]
+    config: RunConfig | None
+    """The settings of the run or of --config; None for an adapter alone."""
+    compute: Compute
+
+
+def load_trained(arguments: Arguments) -> Trained:
+    """Put the base checkpoint and the adapter together.
+
+    Raises ConfigError if the folder is neither a run nor an adapter, or if part of the head is nowhere to be found.
+    """
+    folder = RunFolder(arguments.run)
+    is_run = folder.config.is_file()
+    if not is_run and not (arguments.run / "adapter_config.json").is_file():
+        raise ConfigError(f"{arguments.run}: neither a run folder (config.toml) nor an adapter (adapter_config.json)")
+    adapter = folder.adapter if is_run else arguments.run
+    config_path = arguments.config or (folder.config if is_run else None)
+    config = read_config(config_path) if config_path else None
+
+    base = arguments.base or (config.model.checkpoint if is_run and config else read_base_model(adapter))
+    if base is None:
+        raise ConfigError(f"{adapter}/adapter_config.json names no base model; give it with --base")
+    checkpoint = fetch_checkpoint(base)
+    say(f"checkpoint  {checkpoint.origin}")
+    say(f"adapter     {adapter}")
+
+    shapes = adapter_shapes(adapter)
+    model_config = RobertaConfig.from_file(checkpoint.directory / "config.json")
+    labels = _label_names(folder, is_run, model_config, shapes)
+    model_config = dataclasses.replace(model_config, label_names=labels)
+    head_in_adapter = {name for name in shapes if name.startswith("classifier.")}
+    whole_head = {f"classifier.{layer}.{kind}" for layer in ("dense", "out_proj") for kind in ("weight", "bias")}
+    new_head = not has_head(checkpoint.directory) or head_in_adapter >= whole_head
+    if new_head and head_in_adapter < whole_head:
+        missing = ", ".join(sorted(whole_head - head_in_adapter))
+        raise ConfigError(
+            f"{adapter}: neither the adapter nor {checkpoint.directory} holds {missing}; a random head "
+            "would answer at random: train it, or name the fine-tuned base with --base"
+        )
+    model = load_checkpoint(checkpoint.directory, model_config, new_head=new_head)
+    load_adapter(model, adapter)
+
+    settings = config.train if config else TrainConfig()
+    precision = arguments.precision or settings.precision
+    compute = choose_compute(dataclasses.replace(settings, device=arguments.device, precision=precision))
+    model.to(compute.device).eval()
+    max_length = config.data.max_length if config else min(DataConfig().max_length, model_config.max_length)
+    tokenizer = TextTokenizer.from_directory(checkpoint.directory, max_length)
+    return Trained(model, tokenizer, labels, config, compute)
+
+
+def _label_names(folder: RunFolder, is_run: bool, base: RobertaConfig, shapes: dict[str, list[int]]) -> tuple[str, ...]:
+    """Class names: the run's; else the base's, if it has as many as the adapter's head; else numbered."""
+    if is_run:
+        return folder.read_labels()
+    number = shapes.get("classifier.out_proj.weight", [base.num_labels])[0]
+    return base.label_names if number == base.num_labels else tuple(f"LABEL_{i}" for i in range(number))
+
+
+def read_texts(arguments: Arguments) -> list[str]:
+    """The texts given by --text and --file. Raises ConfigError for an empty one, or a file that can't be read."""
+    texts = list(arguments.text)
+    sources = [f"--text number {i + 1}" for i in range(len(texts))]
+    if arguments.file is not None:
+        try:
+            lines = arguments.file.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise ConfigError(f"{arguments.file}: can't be read ({error.strerror})") from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{arguments.file}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+        texts += lines
+        sources += [f"{arguments.file}, line {i + 1}" for i in range(len(lines))]
+        if not lines:
+            raise ConfigError(f"{arguments.file}: is empty; write one text a line")
+    for text, source in zip(texts, sources, strict=True):
+        if not text.strip():
+            raise ConfigError(f"{source}: the text is empty; remove it or write one")
+    return texts
+
+
+def classify(trained: Trained, texts: list[str]) -> torch.Tensor:
+    """Probabilities (texts, labels): softmax of the logits, rows in the order of the texts."""
+    split = encode_split(Split(texts, [0] * len(texts)), trained.tokenizer, cache=False)
+    return torch.softmax(_logits(trained, split), dim=1)
+
+
+def _logits(trained: Trained, split) -> torch.Tensor:
+    batch_size = trained.config.train.eval_batch_size if trained.config else TrainConfig().eval_batch_size
+    padding = trained.config.data.padding if trained.config else DataConfig().padding
+    batches = evaluation_batches(split, batch_size, trained.tokenizer.pad_token_id, padding, trained.compute.device)
+    return predict(trained.model, batches, len(split.labels), trained.compute)
+
+
+def evaluate(arguments: Arguments) -> int:
+    """Do what the arguments ask for; returns the exit code."""
+    if arguments.export is not None and arguments.export.exists() and any(arguments.export.iterdir()):
+        raise ConfigError(f"{arguments.export}: is not empty; export to a new folder")
+    texts = read_texts(arguments)
+    trained = load_trained(arguments)
+    if arguments.merged or arguments.export is not None:
+        merge_lora(trained.model)
+        say("merged      the adapters are folded into the weights")
+
+    if texts:
+        for text, row in zip(texts, classify(trained, texts), strict=True):
+            order = row.argsort(descending=True)[:4].tolist()
+            say("  ".join(f"{trained.label_names[i]} {row[i]:.3f}" for i in order) + f"   {text[:80]}")
+    elif arguments.export is None:
+        if trained.config is None:
+            raise ConfigError(f"{arguments.run}: an adapter alone has no test split; add --config FILE.toml, or --text")
+        text = load_source(trained.config.data, trained.config.train.seed)
+        say(f"data        {text.origin}, {len(text.test.texts):,} test texts")
+        if len(text.label_names) != len(trained.label_names):
+            raise ConfigError(
+                f"{text.origin} has {len(text.label_names)} classes, the adapter {len(trained.label_names)}"
+            )
+        split = encode_split(text.test, trained.tokenizer, description="tokenizing test")
+        scores = score(_logits(trained, split), split.labels, text.label_names)
+        say(f"\n{scores.table()}")
+        say(
+            f"\ntest accuracy {100 * scores.accuracy:.2f} %   macro precision {scores.precision:.3f}   recall "
+            f"{scores.recall:.3f}   F1 {scores.f1:.3f}   loss {scores.loss:.4f}"
+        )
+
+    if arguments.export is not None:
+        save_checkpoint(unload_lora(trained.model).cpu(), arguments.export, trained.tokenizer)
+        say(f"exported    {arguments.export}: open it with transformers' AutoModelForSequenceClassification")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: evaluate(parse_options(Arguments, sys.argv[1:], prog="evaluate.py"))))

@@ -1,0 +1,96 @@
+"""Settings: what is read from TOML and the command line, and what is refused, in one line that names the field."""
+
+import pytest
+
+from training.config import RunConfig, parse_command_line, read_config, write_config
+from training.errors import ConfigError
+
+
+@pytest.fixture
+def toml(tmp_path):
+    def write(text):
+        path = tmp_path / "run.toml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_file_sets_fields_and_leaves_the_rest(toml):
+    config = read_config(toml('[lora]\nrank = 6\nalpha = 14\ntarget_modules = ["query", "value"]\n'))
+    assert config.lora.rank == 6
+    assert config.lora.alpha == 14.0
+    assert config.lora.target_modules == ("query", "value")
+    assert config.train == RunConfig().train
+
+
+def test_command_line_overrides_the_file(toml):
+    path = toml("[lora]\nrank = 6\n[train]\nepochs = 2\n")
+    config = parse_command_line([str(path), "--lora.rank", "8", "--lora.target-modules", "query", "output.dense"])
+    assert (config.lora.rank, config.train.epochs) == (8, 2)
+    assert config.lora.target_modules == ("query", "output.dense")
+
+
+def test_written_settings_are_read_back_equal(toml, tmp_path):
+    config = read_config(
+        toml(
+            'output = "runs/x"\n[model]\nhidden_dropout = 0\n[lora]\nlayers_to_transform = [1, 2]\n'
+            "rank_pattern = { '0.*query' = 3 }\n[train]\nmax_trainable = 10\nseed = 3\n"
+        )
+    )
+    write_config(config, tmp_path / "again.toml")
+    assert read_config(tmp_path / "again.toml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[lora]\nrnak = 6", "unknown field lora.rnak"),
+        ("[lroa]\nrank = 6", "unknown field lroa"),
+        ('[lora]\nrank = "6"', "lora.rank"),
+        ("[lora]\nrank = 6.5", "lora.rank"),
+        ("[train]\nepochs = true", "train.epochs"),
+        ("[lora]\nrank = 0", "rank is 0"),
+        ("[lora]\nalpha = 0", "alpha is 0"),
+        ("[lora]\ndropout = 1.0", "dropout is 1.0"),
+        ("[lora]\ndropout = -0.1", "dropout is -0.1"),
+        ('[lora]\nbias = "some"', "lora.bias"),
+        ("[lora]\ntarget_modules = []", "target_modules is empty"),
+        ("[model]\nhidden_dropout = 1.5", "hidden_dropout is 1.5"),
+        ("[train]\nlearning_rate = 0", "learning_rate is 0"),
+        ("[train]\nlearning_rate = nan", "train.learning_rate"),
+        ("[train]\nbatch_size = -1", "batch_size is -1"),
+        ("[train]\nwarmup_fraction = 2", "warmup_fraction is 2"),
+        ('[train]\nprecision = "int8"', "train.precision"),
+        ("[train\nepochs = 1", "not valid TOML"),
+    ],
+)
+def test_bad_file_is_one_line_naming_file_and_field(toml, text, says):
+    path = toml(text)
+    with pytest.raises(ConfigError) as error:
+        read_config(path)
+    message = str(error.value)
+    assert says in message and str(path) in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--lora.rnak", "8"], "--lora.rnak"),
+        (["--lora.rank", "many"], "--lora.rank"),
+        (["--lora.rank", "0"], "rank is 0"),
+        (["--train.epochs", "0"], "epochs is 0"),
+        (["no_such.toml"], "no_such.toml"),
+    ],
+)
+def test_bad_command_line_is_one_line(options, says):
+    with pytest.raises(ValueError) as error:
+        parse_command_line(options)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_not_utf8_file_is_named(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_bytes(b"output = '\xff'")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        read_config(path)

@@ -1,0 +1,349 @@
+"""Fine-tune a RoBERTa by LoRA: the whole run, from a TOML file to a scored classifier, in the order it happens.
+
+    python train.py experiments/quickstart.toml --lora.rank 8
+
+Reading order for a learner: `train_step` first (one optimizer step, with everything that mixed precision and
+accumulation add to it), then `train` from top to bottom.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.assets import fetch_checkpoint
+from data.batching import Batch, encode_split, evaluation_batches, training_batches
+from data.sources import load_source
+from lora.adapter import load_adapter, save_adapter
+from lora.inject import count_parameters, inject_lora
+from roberta.config import RobertaConfig
+from roberta.tokenizer import TextTokenizer
+from roberta.weights import has_head, load_checkpoint
+from training.budget import check_budget
+from training.command_line import EXIT_INTERRUPTED, run_command
+from training.config import RunConfig, parse_command_line
+from training.errors import ConfigError
+from training.plots import draw_plots
+from training.precision import Compute, choose_compute
+from training.progress import Progress, minutes, say
+from training.report import build_report, peak_memory_bytes
+from training.run_folder import RunFolder
+from training.scoring import Scores, predict, score
+
+
+def train_step(
+    model: nn.Module,
+    batches: list[Batch],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    scaler: torch.amp.GradScaler,
+    compute: Compute,
+    max_grad_norm: float,
+) -> Tensor:
+    """One optimizer step on `batches`, which count as one large batch (gradient accumulation).
+
+        loss = (1 / n) sum over all n texts of cross-entropy(logits, label)
+
+    Returns that loss in nats, a scalar still on the device: reading it is the caller's decision, as it makes a GPU
+    wait. With fp16 a step whose gradients overflow changes nothing but the loss scale (Micikevicius et al. 2018).
+    """
+    texts = sum(len(batch.labels) for batch in batches)
+    step_loss = torch.zeros((), device=compute.device)
+    for batch in batches:
+        input_ids = batch.input_ids.to(compute.device, non_blocking=True)
+        attention_mask = batch.attention_mask.to(compute.device, non_blocking=True)
+        labels = batch.labels.to(compute.device, non_blocking=True)
+        with compute.autocast():
+            logits = model(input_ids, attention_mask)  # (batch, labels)
+            # Divided by the texts of all batches, not of this one: a short last batch weighs what its texts weigh.
+            loss = F.cross_entropy(logits, labels, reduction="sum") / texts
+        scaler.scale(loss).backward()  # adds to .grad
+        step_loss += loss.detach()
+
+    scaler.unscale_(optimizer)  # before clipping: the norm is meant for the gradients themselves
+    if max_grad_norm > 0:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    scale = scaler.get_scale()
+    scaler.step(optimizer)  # skips the step if a gradient is inf or nan
+    scaler.update()  # ... and then halves the scale
+    optimizer.zero_grad(set_to_none=True)
+    if scaler.get_scale() >= scale:
+        schedule.step()  # a skipped step must not use up learning rate
+    return step_loss
+
+
+def make_optimizer(
+    model: nn.Module, learning_rate: float, weight_decay: float, decay_bias_and_norm: bool, fused: bool = False
+) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters (Loshchilov & Hutter 2017, algorithm 2).
+
+    Decay pulls matrices towards zero; biases and LayerNorm's parameters, all vectors, are left alone unless asked
+    for. `fused` does the whole update in one GPU kernel.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in trainable if decay_bias_and_norm or parameter.ndim > 1]
+    spared = [parameter for parameter in trainable if not decay_bias_and_norm and parameter.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, fused=fused or None)
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Learning rate: up from 0 to its peak in `warmup_steps` steps, then down to 0 in a straight line.
+
+    factor(t) = t / warmup for t < warmup, else (total - t) / (total - warmup). Source: Devlin et al. 2018, A.2.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return step / warmup_steps
+        return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch (CPU and GPU)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def groups_of(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Lists of `size` batches; the last may be shorter."""
+    group: list[Batch] = []
+    for batch in batches:
+        group.append(batch)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def train(config: RunConfig) -> int:
+    """Run `config` from data to report. Returns the exit code: 0, or EXIT_INTERRUPTED after Ctrl-C."""
+    settings, started = config.train, time.perf_counter()
+    folder = RunFolder(config.output)
+    folder.check_free(config.overwrite)
+    compute = choose_compute(settings)
+    seed_everything(settings.seed)
+
+    # --- text ---------------------------------------------------------------------------------------------------
+    text = load_source(config.data, settings.seed)
+    say(f"data        {text.origin}")
+    say(
+        f"            {len(text.train.texts):,} texts to train on, {len(text.validation.texts):,} to validate, "
+        f"{len(text.test.texts):,} to test, {len(text.label_names)} classes"
+    )
+
+    # --- pretrained checkpoint, and the budget before anything large is read --------------------------------------
+    checkpoint = fetch_checkpoint(config.model.checkpoint)
+    say(f"checkpoint  {checkpoint.origin}")
+    model_config = RobertaConfig.from_file(checkpoint.directory / "config.json")
+    changes = {
+        "hidden_dropout_prob": config.model.hidden_dropout,
+        "attention_probs_dropout_prob": config.model.attention_dropout,
+        "classifier_dropout": config.model.classifier_dropout,
+    }
+    model_config = dataclasses.replace(
+        model_config,
+        label_names=text.label_names,
+        **{name: value for name, value in changes.items() if value is not None},
+    )
+    check_budget(model_config, config.lora, settings.max_trainable)
+    if config.data.max_length > model_config.max_length:
+        raise ConfigError(
+            f"data.max_length is {config.data.max_length}, but the checkpoint has positions for "
+            f"{model_config.max_length} tokens; lower it"
+        )
+    tokenizer = TextTokenizer.from_directory(checkpoint.directory, config.data.max_length)
+
+    # --- text to ids ----------------------------------------------------------------------------------------------
+    splits = {
+        name: encode_split(getattr(text, name), tokenizer, description=f"tokenizing {name}")
+        for name in ("train", "validation", "test")
+    }
+    cut = sum(split.truncated for split in splits.values())
+    say(f"            {cut:,} texts are longer than {config.data.max_length} tokens and are cut there")
+
+    # --- model: load, wrap, freeze, count -------------------------------------------------------------------------
+    new_head = config.model.new_head or not has_head(checkpoint.directory)
+    model = load_checkpoint(checkpoint.directory, model_config, new_head=new_head)
+    inject_lora(model, config.lora)
+    count = count_parameters(model)
+    model.to(compute.device)
+    optimizer = make_optimizer(
+        model,
+        settings.learning_rate,
+        settings.weight_decay,
+        settings.decay_bias_and_norm,
+        fused=compute.device.type == "cuda",
+    )
+    scaler = compute.grad_scaler()
+
+    def save_best() -> None:
+        # A head drawn here is in no checkpoint: its frozen parts, if any, must lie beside the trained ones.
+        drawn = [name for name, _ in model.named_parameters() if new_head and name.startswith("classifier.")]
+        save_adapter(model, config.lora, folder.adapter, base_model=checkpoint.name, task_type="SEQ_CLS", also=drawn)
+        tokenizer.save(folder.adapter)
+
+    def batches_of_epoch(epoch: int) -> Iterable[Batch]:
+        return training_batches(
+            splits["train"],
+            settings.batch_size,
+            tokenizer.pad_token_id,
+            settings.seed,
+            epoch,
+            config.data.padding,
+            compute.device,
+        )
+
+    def scores_on(name: str) -> Scores:
+        batches = evaluation_batches(
+            splits[name], settings.eval_batch_size, tokenizer.pad_token_id, config.data.padding, compute.device
+        )
+        logits = predict(model, batches, len(splits[name].labels), compute)
+        return score(logits, splits[name].labels, text.label_names)
+
+    batches_per_epoch = -(-len(splits["train"].labels) // settings.batch_size)
+    steps_per_epoch = -(-batches_per_epoch // settings.accumulation_steps)
+    total_steps = settings.epochs * steps_per_epoch
+    schedule = make_schedule(optimizer, total_steps, round(settings.warmup_fraction * total_steps))
+
+    folder.create(config, text.label_names)
+    say(f"compute     {compute.describe()}")
+    say(f"steps       {steps_per_epoch} an epoch, {total_steps} in {settings.epochs} epochs at most")
+    say(f"run folder  {folder.path}")
+    say(f"\n{count.table()}")
+    say(f"trainable: {count.trainable:,} of {count.total:,} parameters ({count.percentage:.2f} %)\n")
+
+    # --- the loop ---------------------------------------------------------------------------------------------------
+    interrupted = False
+
+    def on_ctrl_c(_signal: int, _frame: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
+        say("stopping after this step; Ctrl-C again stops at once")
+
+    previous_handler = signal.signal(signal.SIGINT, on_ctrl_c)
+    progress = Progress(total_steps)
+    best: Scores | None = None
+    best_epoch = epoch = step = 0
+    train_started = time.perf_counter()
+    model.train()
+    try:
+        for epoch in range(1, settings.epochs + 1):
+            progress.resume_clock()
+            waiting: list[Tensor] = []  # losses not yet read from the device
+            tokens = 0
+            epoch_loss, epoch_steps = 0.0, 0
+            for group in groups_of(batches_of_epoch(epoch), settings.accumulation_steps):
+                learning_rate = schedule.get_last_lr()[0]
+                waiting.append(train_step(model, group, optimizer, schedule, scaler, compute, settings.max_grad_norm))
+                tokens += sum(batch.tokens for batch in group)
+                step += 1
+                last_of_epoch = step % steps_per_epoch == 0
+                if step % settings.log_every == 0 or last_of_epoch or interrupted:
+                    losses = torch.stack(waiting).tolist()  # the one place where the host waits for the device
+                    for back, loss in enumerate(losses):
+                        if not np.isfinite(loss):
+                            raise ConfigError(
+                                f"the loss is {loss} at step {step - len(losses) + 1 + back} (learning rate "
+                                f"{learning_rate:.2e}); lower train.learning_rate. The last good adapter "
+                                + (f"is in {folder.adapter}" if best else "was not reached yet")
+                            )
+                    mean_loss = sum(losses) / len(losses)
+                    epoch_loss, epoch_steps = epoch_loss + sum(losses), epoch_steps + len(losses)
+                    rate = progress.update(len(losses), tokens, mean_loss, learning_rate)
+                    folder.log(
+                        step=step, epoch=epoch, loss=mean_loss, learning_rate=learning_rate, tokens_per_second=rate
+                    )
+                    waiting, tokens = [], 0
+                if interrupted:
+                    break
+            if interrupted:
+                break
+
+            validation = scores_on("validation")
+            folder.log(
+                step=step,
+                epoch=epoch,
+                split="validation",
+                loss=validation.loss,
+                accuracy=validation.accuracy,
+                precision=validation.precision,
+                recall=validation.recall,
+                f1=validation.f1,
+            )
+            better = best is None or (validation.accuracy, -validation.loss) > (best.accuracy, -best.loss)
+            if better:
+                best, best_epoch = validation, epoch
+                save_best()
+            say(
+                f"epoch {epoch:>2}/{settings.epochs}  train loss {epoch_loss / epoch_steps:.4f}  validation loss "
+                f"{validation.loss:.4f}  accuracy {100 * validation.accuracy:.2f} %  macro F1 {validation.f1:.3f}"
+                + ("  (best so far)" if better else "")
+            )
+            if settings.patience and epoch - best_epoch >= settings.patience:
+                say(f"no better validation accuracy for {settings.patience} epochs: stopping early")
+                break
+    finally:
+        progress.close()
+        signal.signal(signal.SIGINT, previous_handler)
+    train_seconds = time.perf_counter() - train_started
+
+    # --- after: the best adapter, scored once on the test split ----------------------------------------------------
+    if interrupted:
+        if best is None:  # stopped within the first epoch: what there is beats nothing
+            save_best()
+        test = None
+    else:
+        load_adapter(model, folder.adapter)
+        test = scores_on("test")
+    report = build_report(
+        config=config,
+        origins={"data": text.origin, "checkpoint": checkpoint.origin},
+        label_names=text.label_names,
+        count=count,
+        compute=compute,
+        validation=best,
+        test=test,
+        epochs_run=epoch,
+        best_epoch=best_epoch,
+        steps=step,
+        train_seconds=train_seconds,
+        seconds=time.perf_counter() - started,
+    )
+    folder.write_report(report)
+    draw_plots(folder)
+    if test is None:
+        say(f"\ninterrupted in epoch {epoch} after step {step}; the adapter is in {folder.adapter}")
+    else:
+        say(f"\nbest epoch {best_epoch} by validation accuracy; on the test split:\n")
+        say(test.table())
+        say(
+            f"\ntest accuracy {100 * test.accuracy:.2f} %   macro precision {test.precision:.3f}   recall "
+            f"{test.recall:.3f}   F1 {test.f1:.3f}   loss {test.loss:.4f}"
+        )
+    say(
+        f"wall time {minutes(report['seconds'])} (training {minutes(train_seconds)})   "
+        f"peak memory {peak_memory_bytes(compute) / 2**20:,.0f} MiB   trainable parameters {count.trainable:,}"
+    )
+    say(f'try it:  python evaluate.py {folder.path} --text "Oil prices rise as OPEC cuts output"')
+    return EXIT_INTERRUPTED if interrupted else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: train(parse_command_line(sys.argv[1:]))))

@@ -1,0 +1,62 @@
+"""What `train.py` and `evaluate.py` share at their outermost line: which errors are the user's, and exit codes.
+
+0 all went well, 2 an input can't be used (one line says which and how to mend it), 130 interrupted by Ctrl-C.
+Anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import tyro
+
+from data.errors import DataError
+from lora.config import LoRAError
+from roberta.config import CheckpointError
+from training.errors import ConfigError
+
+Options = TypeVar("Options")
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+_DISK = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EROFS: "it is read-only"}
+
+
+def run_command(command: Callable[[], int]) -> int:
+    """Run `command`; turn the user's errors into one line on stderr and exit code 2."""
+    try:
+        return command()
+    except (ConfigError, DataError, LoRAError, CheckpointError) as error:
+        message = str(error)
+    except OSError as error:
+        if error.errno not in (*_DISK, errno.EACCES):
+            raise
+        reason = _DISK.get(error.errno or 0, "permission denied")
+        message = f"{error.filename or 'output'}: can't be written, {reason}; free space or choose another folder"
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+def parse_options(kind: type[Options], arguments: list[str], *, prog: str, default: Options | None = None) -> Options:
+    """Options of a command line as an instance of the dataclass `kind`. Raises ConfigError; --help prints and exits."""
+    complaint = io.StringIO()
+    given = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(kind, args=arguments, prog=prog, **given)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        # tyro draws a box of several lines around what is wrong; its first line of text says it.
+        lines = [line.strip("│ \n") for line in complaint.getvalue().splitlines()]
+        wrong = next((line for line in lines if line and line[0] not in "╭╰─"), "the options can't be read")
+        raise ConfigError(f"command line: {wrong}; --help lists the options") from None

@@ -1,0 +1,61 @@
+"""Where a run computes and in which number format.
+
+Mixed precision (Micikevicius et al. 2018): parameters and optimizer stay in float32, matmuls run in a 16-bit format.
+bfloat16 has float32's exponent, so nothing else is needed. float16 has a narrow one: small gradients would become
+zero, so the loss is multiplied by a large scale before the backward pass and the gradients divided by it after
+("loss scaling", section 3.2 there; `torch.amp.GradScaler` finds the scale).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from training.config import TrainConfig
+from training.errors import ConfigError
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A device and the number format of its matmuls."""
+
+    device: torch.device
+    precision: str
+    """bf16, fp16 or fp32."""
+
+    def autocast(self) -> torch.autocast:
+        """The context in which matmuls run in the chosen format; does nothing for fp32."""
+        return torch.autocast(
+            self.device.type, dtype=_DTYPES[self.precision], enabled=self.precision != "fp32", cache_enabled=True
+        )
+
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        """Loss scaling for fp16; for the others a scaler that passes everything through."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+    def describe(self) -> str:
+        """For the lines printed before training."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        threads = "" if self.device.type == "cuda" else f", {torch.get_num_threads()} threads"
+        return f"{name}{threads}, {self.precision}"
+
+
+def choose_compute(settings: TrainConfig) -> Compute:
+    """Resolve `device` and `precision` where they are "auto".
+
+    Raises ConfigError if a GPU is asked for and there is none, or bf16 on a GPU without it.
+    """
+    has_cuda = torch.cuda.is_available()
+    if settings.device == "cuda" and not has_cuda:
+        raise ConfigError("train.device is cuda, but torch sees no GPU; choose cpu or auto")
+    device = torch.device("cuda" if settings.device == "cuda" or (settings.device == "auto" and has_cuda) else "cpu")
+    bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    precision = settings.precision
+    if precision == "auto":
+        precision = "fp32" if device.type == "cpu" else "bf16" if bf16 else "fp16"
+    if precision == "bf16" and not bf16:
+        raise ConfigError("train.precision is bf16, but this GPU computes it in emulation only; choose fp16 or auto")
+    return Compute(device, precision)

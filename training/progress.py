@@ -1,0 +1,59 @@
+"""What a person sees while a run goes on: a bar in a terminal, a quiet line now and then in a pipe or in CI."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+
+def say(line: str = "") -> None:
+    """Print a line at once, also into a pipe, and above the bar if there is one."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
+class Progress:
+    """Progress over all optimizer steps of a run: loss, learning rate, tokens a second, time left."""
+
+    def __init__(self, total_steps: int) -> None:
+        self.total_steps = total_steps
+        self.done = 0
+        self._terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=total_steps, unit="step", disable=not self._terminal, dynamic_ncols=True)
+        self._training_seconds = 0.0
+        self._tokens = 0
+        self._since = time.perf_counter()
+
+    def resume_clock(self) -> None:
+        """Start counting time again after an evaluation, which is no part of the tokens a second."""
+        self._since = time.perf_counter()
+
+    def update(self, steps: int, tokens: int, loss: float, learning_rate: float) -> float:
+        """Report `steps` more steps that read `tokens` real tokens; returns training tokens a second so far."""
+        now = time.perf_counter()
+        self._training_seconds += now - self._since
+        self._since = now
+        self._tokens += tokens
+        rate = self._tokens / max(self._training_seconds, 1e-9)
+        before, self.done = self.done, self.done + steps
+        if self._terminal:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, lr {learning_rate:.2e}, {rate:,.0f} tokens/s", refresh=False)
+            self._bar.update(steps)
+        elif 10 * before // self.total_steps != 10 * self.done // self.total_steps:
+            left = self._training_seconds / self.done * (self.total_steps - self.done)
+            say(
+                f"step {self.done:>5}/{self.total_steps}  loss {loss:.4f}  lr {learning_rate:.2e}  "
+                f"{rate:,.0f} tokens/s  {minutes(left)} left"
+            )
+        return rate
+
+    def close(self) -> None:
+        """Take the bar off the screen's last line."""
+        self._bar.close()
+
+
+def minutes(seconds: float) -> str:
+    """A duration as minutes:seconds."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

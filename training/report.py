@@ -1,0 +1,61 @@
+"""A finished run in numbers: what `report.json` holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import resource
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from lora.inject import ParameterCount
+from training.config import RunConfig
+from training.precision import Compute
+from training.scoring import Scores
+
+
+def peak_memory_bytes(compute: Compute) -> int:
+    """Most memory held so far: on a GPU what torch allocated there, else the process's resident set."""
+    if compute.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(compute.device)
+    unit = 1 if platform.system() == "Darwin" else 1024  # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def build_report(
+    *,
+    config: RunConfig,
+    origins: dict[str, str],
+    label_names: tuple[str, ...],
+    count: ParameterCount,
+    compute: Compute,
+    validation: Scores | None,
+    test: Scores | None,
+    epochs_run: int,
+    best_epoch: int,
+    steps: int,
+    train_seconds: float,
+    seconds: float,
+) -> dict[str, Any]:
+    """Collect a run's report. `test` is None for an interrupted run, which is then marked as such."""
+    return {
+        "complete": test is not None,
+        "test": dataclasses.asdict(test) if test else None,
+        "validation": dataclasses.asdict(validation) if validation else None,
+        "label_names": list(label_names),
+        "trainable_parameters": count.trainable,
+        "total_parameters": count.total,
+        "parameters_by_part": {name: {"trainable": t, "total": a} for name, (t, a) in count.parts.items()},
+        "epochs_run": epochs_run,
+        "best_epoch": best_epoch,
+        "steps": steps,
+        "train_seconds": round(train_seconds, 2),
+        "seconds": round(seconds, 2),
+        "peak_memory_bytes": peak_memory_bytes(compute),
+        "device": compute.describe(),
+        "origins": origins,
+        "versions": {name: version(name) for name in ("torch", "tokenizers", "safetensors", "numpy")},
+        "config": dataclasses.asdict(config),
+    }

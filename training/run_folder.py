@@ -1,0 +1,83 @@
+"""The run folder: where a run writes what, and when it may be written at all.
+
+config.toml      the settings that were used
+labels.json      names of the classes, in the order of the logits
+metrics.jsonl    a line a logged step, a line an evaluation
+adapter/         the best adapter so far: peft's two files and the tokenizer
+report.json      final scores, counts, times
+plots/           the curves as images
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from training.config import RunConfig, write_config
+from training.errors import ConfigError
+
+
+class RunFolder:
+    """A run's files by name."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.toml"
+        self.labels = self.path / "labels.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.adapter = self.path / "adapter"
+        self.report = self.path / "report.json"
+        self.plots = self.path / "plots"
+
+    def check_free(self, overwrite: bool) -> None:
+        """Raise ConfigError if the folder exists and may not be replaced. Nothing is changed."""
+        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+            return
+        if not overwrite:
+            raise ConfigError(
+                f"{self.path} exists; add --overwrite to replace it, or --output FOLDER to write elsewhere"
+            )
+        if not self.config.is_file():
+            # Something else than a run: not ours to remove, whatever was asked for.
+            raise ConfigError(f"{self.path} is not a run folder (no config.toml); give another --output")
+
+    def create(self, config: RunConfig, label_names: tuple[str, ...]) -> None:
+        """Make the folder anew, with the settings and labels of this run."""
+        self.check_free(config.overwrite)
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True)
+        write_config(config, self.config)
+        self.labels.write_text(json.dumps(label_names, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def log(self, **values: Any) -> None:
+        """Append a line to metrics.jsonl."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def write_report(self, report: dict[str, Any]) -> None:
+        """Write report.json, whole or not at all."""
+        part = self.report.with_name("report.json.part")
+        try:
+            part.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            os.replace(part, self.report)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def read_labels(self) -> tuple[str, ...]:
+        """The class names. Raises ConfigError if the file is missing or broken."""
+        try:
+            names = json.loads(self.labels.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self.labels}: can't be read ({error}); is {self.path} a run folder?") from None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ConfigError(f"{self.labels}: must be a list of names")
+        return tuple(names)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

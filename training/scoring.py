@@ -1,0 +1,98 @@
+"""How good a model is on a split: its logits for every text, and the scores computed from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data.batching import Batch
+from training.precision import Compute
+
+
+@torch.no_grad()
+def predict(model: nn.Module, batches: Iterable[Batch], rows: int, compute: Compute) -> torch.Tensor:
+    """Logits of every text, (rows, labels), float32 on the CPU, in the order of the split.
+
+    Batches come sorted by length, so each row is put back where it belongs. Dropout is off; the model's mode is
+    restored.
+    """
+    was_training = model.training
+    model.eval()
+    logits = None
+    for batch in batches:
+        with compute.autocast():
+            some = model(
+                batch.input_ids.to(compute.device, non_blocking=True),
+                batch.attention_mask.to(compute.device, non_blocking=True),
+            )
+        if logits is None:
+            logits = torch.empty(rows, some.shape[1])
+        logits[batch.indices] = some.float().cpu()
+    model.train(was_training)
+    assert logits is not None, "an empty split is refused when it is read"
+    return logits
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of a split; precision, recall and F1 are macro averages, each class weighing the same."""
+
+    loss: float
+    """Mean cross-entropy in nats."""
+    accuracy: float
+    precision: float
+    recall: float
+    f1: float
+    per_class: dict[str, dict[str, float]]
+    """precision, recall, f1 and support (number of texts) of each class by name."""
+    confusion: list[list[int]]
+    """Texts of class i (row) predicted as class j (column)."""
+
+    def table(self) -> str:
+        """Per-class table for a terminal."""
+        width = max(map(len, [*self.per_class, "macro average"]))
+        lines = [f"{'class':<{width}}  precision  recall     f1   texts"]
+        rows: list[tuple[str, dict[str, Any]]] = list(self.per_class.items())
+        total = {"precision": self.precision, "recall": self.recall, "f1": self.f1}
+        total["support"] = sum(row["support"] for _, row in rows)
+        for name, row in [*rows, ("macro average", total)]:
+            lines.append(
+                f"{name:<{width}}  {row['precision']:>9.3f}  {row['recall']:>6.3f}  {row['f1']:>5.3f}  {row['support']:>6,}"
+            )
+        return "\n".join(lines)
+
+
+def score(logits: torch.Tensor, labels: np.ndarray, label_names: tuple[str, ...]) -> Scores:
+    """Scores of logits (rows, labels) against the true labels (rows,). A class never predicted has precision 0."""
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support  # slow to import
+
+    predicted = logits.argmax(dim=1).numpy()
+    numbers = list(range(len(label_names)))
+    precision, recall, f1, support = precision_recall_fscore_support(
+        labels, predicted, labels=numbers, zero_division=0.0
+    )
+    # Classes that the split has no text of would count as zeros in the averages, whatever the model does.
+    present = support > 0
+    return Scores(
+        loss=F.cross_entropy(logits.double(), torch.as_tensor(labels)).item(),
+        accuracy=float((predicted == labels).mean()),
+        precision=float(precision[present].mean()),
+        recall=float(recall[present].mean()),
+        f1=float(f1[present].mean()),
+        per_class={
+            name: {
+                "precision": float(precision[i]),
+                "recall": float(recall[i]),
+                "f1": float(f1[i]),
+                "support": int(support[i]),
+            }
+            for i, name in enumerate(label_names)
+        },
+        confusion=confusion_matrix(labels, predicted, labels=numbers).tolist(),
+    )
