@@ -1,0 +1,56 @@
+# LoRABERTa: `make` lists what there is. Every target sets up what it needs, once, in .venv.
+
+PYTHON ?= python3
+CONFIG ?= experiments/quickstart.toml
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@echo "LoRABERTa: LoRA for RoBERTa, from scratch"
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo '  make train CONFIG=experiments/agnews/base_r6_a14_qkv.toml ARGS="--lora.rank 8"'
+	@echo "  PYTHON=python3.12 make setup   chooses the interpreter (3.11 or later)"
+
+setup: $(VENV)/.installed ## create .venv and install what running needs (the others do it by themselves)
+
+train: $(VENV)/.installed ## train and score: CONFIG=file.toml, ARGS="--lora.rank 8 ..."
+	@$(BIN)/python train.py $(CONFIG) $(ARGS)
+
+# One thread a worker: two workers that both use two threads get in each other's way.
+test: $(VENV)/.installed-dev ## run all proofs and tests
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n 2 $(ARGS)
+
+lint: $(VENV)/.installed-dev ## check style and types of mistakes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean: ## remove .venv and caches of tools (not runs/)
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is written last, so an installation cut off is started again; it is older than pyproject.toml after a change.
+# The project itself is installed in place ("editable"): its dependencies come along, its files stay the ones you edit.
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	@echo "installing what LoRABERTa needs into $(VENV) (once; a few minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "installing what the tests need into $(VENV) (once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is missing or older than Python 3.11; choose another: PYTHON=python3.12 make" >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' || \
+		{ echo "error: $(PYTHON) lacks venv or pip; on Debian: apt install python3-venv python3-pip" >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV)

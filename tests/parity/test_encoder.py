@@ -1,0 +1,171 @@
+"""Hidden states, logits, loss and gradients of the encoder and its adapters equal those of transformers + peft."""
+
+import tempfile
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora.config import LoRAConfig
+from tests.parity.oracle import (
+    BASE_WIDTH,
+    adapted_pair,
+    assert_close,
+    our_copy,
+    our_name,
+    ragged_batch,
+    reference_model,
+)
+
+RAGGED = [17, 1, 9, 30, 2]
+ALL_TARGETS = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
+CONFIGS = {
+    "final model": LoRAConfig(rank=6, alpha=14),
+    "query and value": LoRAConfig(rank=4, alpha=32, target_modules=("query", "value")),
+    "every matrix": LoRAConfig(rank=3, alpha=8, target_modules=ALL_TARGETS),
+    "feed-forward only": LoRAConfig(rank=2, alpha=8, target_modules=("intermediate.dense",)),
+    "upper layer, rsLoRA": LoRAConfig(rank=5, alpha=8, layers_to_transform=(1,), use_rslora=True),
+    "patterns": LoRAConfig(rank=4, rank_pattern={"query": 2, "layer.1.*value": 7}, alpha_pattern={"key": 3.0}),
+    "biases of adapted layers": LoRAConfig(rank=2, bias="lora_only", target_modules=("query", "output.dense")),
+    "all biases": LoRAConfig(rank=2, bias="all"),
+    "embeddings' norm too": LoRAConfig(rank=2, modules_to_save=("classifier", "embeddings.LayerNorm")),
+}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("sizes", [{}, BASE_WIDTH], ids=["small", "base width"])
+def test_hidden_states_and_logits_with_ragged_padding(tmp_path, attention, sizes):
+    reference = reference_model(attention=attention, **sizes)
+    ours, theirs = our_copy(reference, tmp_path), reference.double()
+    batch = ragged_batch(RAGGED)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        expected = theirs.roberta(**inputs).last_hidden_state
+        real = batch["attention_mask"].bool()
+        assert_close(ours.roberta(**inputs)[real], expected[real], what="hidden states")
+        assert_close(ours(**inputs), theirs(**inputs).logits, what="logits")
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    heads=st.integers(1, 4),
+    head=st.integers(1, 9),
+    intermediate=st.integers(1, 50),
+    layers=st.integers(1, 3),
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=5),
+    pad=st.integers(0, 4),
+    labels=st.integers(1, 5),
+    seed=st.integers(0, 1000),
+)
+def test_logits_for_any_shape(heads, head, intermediate, layers, lengths, pad, labels, seed):
+    sizes = {
+        "hidden_size": heads * head,
+        "num_attention_heads": heads,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "pad_token_id": pad,
+        "num_labels": labels,
+        "max_position_embeddings": 20 + pad + 1,
+    }
+    reference = reference_model(seed, **sizes)
+    with tempfile.TemporaryDirectory() as folder:
+        ours = our_copy(reference, folder)
+    batch = ragged_batch(lengths, seed=seed, pad=pad)
+    # transformers counts positions over ids that are not the padding id; a real token may not be one here.
+    ids = batch["input_ids"].where(~((batch["input_ids"] == pad) & batch["attention_mask"].bool()), torch.tensor(50))
+    inputs = {"input_ids": ids, "attention_mask": batch["attention_mask"]}
+    with torch.no_grad():
+        assert_close(ours(**inputs), reference.double()(**inputs).logits, what=str(sizes))
+
+
+def test_last_layer_on_the_first_token_alone_gives_the_same_vector(tmp_path):
+    ours, _ = adapted_pair(tmp_path, CONFIGS["every matrix"])
+    batch = ragged_batch(RAGGED)
+    with torch.no_grad():
+        whole = ours.roberta(batch["input_ids"], batch["attention_mask"])
+        first = ours.roberta(batch["input_ids"], batch["attention_mask"], first_token_only=True)
+    assert first.shape[1] == 1
+    assert_close(first[:, 0], whole[:, 0], 1e-13, "first token")
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_logits_loss_and_gradients_of_adapters(tmp_path, config):
+    ours, theirs = adapted_pair(tmp_path, config)
+    ours.train(), theirs.train()
+    batch = ragged_batch(RAGGED)
+    expected = theirs(**batch)
+    logits = ours(batch["input_ids"], batch["attention_mask"])
+    loss = F.cross_entropy(logits, batch["labels"])
+    assert_close(logits, expected.logits, what="logits")
+    assert_close(loss, expected.loss, what="loss")
+
+    loss.backward(), expected.loss.backward()
+    gradients = {our_name(name): p.grad for name, p in theirs.named_parameters() if p.requires_grad and our_name(name)}
+    mine = {name: p for name, p in ours.named_parameters() if p.requires_grad}
+    assert set(mine) == set(gradients)
+    for name, parameter in mine.items():
+        assert parameter.grad.abs().max() > 0 or gradients[name].abs().max() == 0, name
+        # The bias of key cancels in the softmax: its gradient is rounding on both sides, so compare to the weights' size.
+        if name.endswith("key.base.bias") or name.endswith("key.bias"):
+            assert max(parameter.grad.abs().max(), gradients[name].abs().max()) < 1e-12, name
+        else:
+            assert_close(parameter.grad, gradients[name], what=name)
+    assert all(p.grad is None for p in ours.parameters() if not p.requires_grad)
+
+
+def test_gradients_at_roberta_base_width(tmp_path):
+    ours, theirs = adapted_pair(tmp_path, CONFIGS["final model"], **BASE_WIDTH)
+    batch = ragged_batch(RAGGED)
+    theirs(**batch).loss.backward()
+    F.cross_entropy(ours(batch["input_ids"], batch["attention_mask"]), batch["labels"]).backward()
+    mine = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad:
+            assert_close(mine[our_name(name)].grad, parameter.grad, what=name)
+
+
+def test_float32_at_its_own_tolerance(tmp_path):
+    ours, theirs = adapted_pair(tmp_path, CONFIGS["every matrix"], dtype=torch.float32)
+    batch = ragged_batch(RAGGED)
+    with torch.no_grad():
+        logits = ours(batch["input_ids"], batch["attention_mask"])
+        assert_close(logits, theirs(batch["input_ids"], batch["attention_mask"]).logits, 1e-5, "float32")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_near_to_the_truth_as_theirs(tmp_path, dtype):
+    # Two orders of 8-bit roundings differ by more than any tolerance worth stating, so both are held to float64.
+    ours, theirs = adapted_pair(tmp_path, CONFIGS["every matrix"], dtype=torch.float32)
+    errors = []
+    for seed in range(8):
+        batch = ragged_batch(RAGGED, seed=seed)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            truth = theirs.double()(**inputs).logits
+            theirs.float()
+            with torch.autocast("cpu", dtype=dtype):
+                pair = ours(**inputs), theirs(**inputs).logits
+        errors.append([(logits.double() - truth).square().mean().sqrt() for logits in pair])
+    mine, others = torch.tensor(errors).square().mean(dim=0).sqrt()
+    assert mine <= 1.25 * others, f"root mean square error {mine:.2e}, theirs {others:.2e}"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_logits_and_gradients_on_a_gpu(tmp_path, dtype):
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}[dtype]
+    kept = dtype if dtype == torch.float64 else torch.float32
+    ours, theirs = adapted_pair(tmp_path, CONFIGS["every matrix"], dtype=kept)
+    ours, theirs = ours.cuda(), theirs.cuda()
+    batch = {name: tensor.cuda() for name, tensor in ragged_batch(RAGGED).items()}
+    with torch.autocast("cuda", dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
+        logits, expected = ours(batch["input_ids"], batch["attention_mask"]), theirs(**batch)
+    assert_close(logits.float(), expected.logits.float(), tolerance, "logits")
+    F.cross_entropy(logits.float(), batch["labels"]).backward()
+    F.cross_entropy(expected.logits.float(), batch["labels"]).backward()
+    mine = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad:
+            assert_close(mine[our_name(name)].grad, parameter.grad, 3 * tolerance, name)
