@@ -19,7 +19,7 @@ import torch
 import tyro
 
 from data.assets import fetch_checkpoint
-from data.batching import encode_split, evaluation_batches
+from data.batching import EncodedSplit, encode_split, evaluation_batches
 from data.sources import DataConfig, Split, load_source
 from lora.adapter import adapter_shapes, load_adapter, read_base_model
 from lora.inject import merge_lora, unload_lora
@@ -152,7 +152,7 @@ def classify(trained: Trained, texts: list[str]) -> torch.Tensor:
     return torch.softmax(_logits(trained, split), dim=1)
 
 
-def _logits(trained: Trained, split) -> torch.Tensor:
+def _logits(trained: Trained, split: EncodedSplit) -> torch.Tensor:
     batch_size = trained.config.train.eval_batch_size if trained.config else TrainConfig().eval_batch_size
     padding = trained.config.data.padding if trained.config else DataConfig().padding
     batches = evaluation_batches(split, batch_size, trained.tokenizer.pad_token_id, padding, trained.compute.device)

@@ -67,7 +67,7 @@ def train_step(
             # Divided by the texts of all batches, not of this one: a short last batch weighs what its texts weigh.
             loss = F.cross_entropy(logits, labels, reduction="sum") / texts
         scaler.scale(loss).backward()  # adds to .grad
-        step_loss += loss.detach()
+        step_loss = step_loss + loss.detach()
 
     scaler.unscale_(optimizer)  # before clipping: the norm is meant for the gradients themselves
     if max_grad_norm > 0:
@@ -193,9 +193,9 @@ def train(config: RunConfig) -> int:
     scaler = compute.grad_scaler()
 
     def save_best() -> None:
-        # A head drawn here is in no checkpoint: its frozen parts, if any, must lie beside the trained ones.
-        drawn = [name for name, _ in model.named_parameters() if new_head and name.startswith("classifier.")]
-        save_adapter(model, config.lora, folder.adapter, base_model=checkpoint.name, task_type="SEQ_CLS", also=drawn)
+        # A head drawn here is in no checkpoint: it is saved whole, also where only a part of it is trained.
+        also = ("classifier",) if new_head else ()
+        save_adapter(model, config.lora, folder.adapter, base_model=checkpoint.name, task_type="SEQ_CLS", also=also)
         tokenizer.save(folder.adapter)
 
     def batches_of_epoch(epoch: int) -> Iterable[Batch]:

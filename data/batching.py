@@ -204,7 +204,7 @@ def evaluation_batches(
     padding: Padding = "longest",
     device: torch.device = torch.device("cpu"),  # noqa: B008
 ) -> Iterable[Batch]:
-    """Every row once, sorted by length, so that hardly anything is padding; `Batch.indices` tells which row is which."""
+    """Every row once, sorted by length so that hardly anything is padding; `Batch.indices` tells which row is where."""
     order = np.argsort(split.lengths, kind="stable")
     rows = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     return _loader(_Batches(split, rows, pad_token_id, padding), device)

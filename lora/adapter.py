@@ -13,9 +13,8 @@ Source: the files of peft 0.10 to 0.21; tests/parity/test_adapters.py holds both
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,8 @@ from torch import nn
 
 from lora.config import LoRAConfig, LoRAError
 from lora.inject import inject_lora, lora_layers
+from lora.linear import LoRALinear
+from lora.targets import layer_index, matches, pattern_value
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -57,9 +58,9 @@ _WITHOUT_EFFECT = {
     "revision",
     "runtime_config",
     "task_type",
-    "eva_config",
-    "corda_config",
+    "qalora_group_size",
 }
+_WRAPPER_PARTS = (".original_module.", ".modules_to_save.")
 # peft adds both names for every classifier; a model has the one or the other.
 _HEAD_NAMES = ("classifier", "score")
 
@@ -71,21 +72,21 @@ def save_adapter(
     *,
     base_model: str | None = None,
     task_type: str | None = None,
-    also: Iterable[str] = (),
+    also: tuple[str, ...] = (),
 ) -> None:
     """Write the adapters, trained biases and modules_to_save of `model` as peft does.
 
     `base_model` is the name or path under which the base checkpoint is found again, `task_type` peft's name of the
-    task ("SEQ_CLS" for classification). `also` names frozen parameters that the base checkpoint does not hold, such
-    as parts of a new head that are not trained: without them the adapter could not be put together again. The folder
-    is made; each file appears whole or not at all.
+    task ("SEQ_CLS" for classification). `also` names modules to save whole even where they are not trained whole: a
+    new head of which only a part is trained is in no checkpoint, and without its frozen part the adapter could not be
+    put together again. The folder is made; each file appears whole or not at all.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     parameters = dict(model.named_parameters())
-    keys = _file_keys(model, config)
-    keys |= {f"{_PREFIX}{name}": name for name in also if name not in keys.values()}
-    tensors = {key: parameters[name].detach().cpu().contiguous() for key, name in keys.items()}
+    within = tuple(name for name in config.modules_to_save if not matches(also, name.split(".")[0]))
+    config = dataclasses.replace(config, modules_to_save=(*within, *also))
+    tensors = {key: parameters[name].detach().cpu().contiguous() for key, name in _file_keys(model, config).items()}
     fields: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -101,7 +102,7 @@ def save_adapter(
     try:
         save_file(tensors, str(part), metadata={"format": "pt"})
         _write_whole(directory / CONFIG_NAME, json.dumps(fields, indent=2, sort_keys=True) + "\n")
-        os.replace(part, directory / WEIGHTS_NAME)
+        part.replace(directory / WEIGHTS_NAME)
     finally:
         part.unlink(missing_ok=True)
 
@@ -117,14 +118,16 @@ def load_adapter(model: nn.Module, directory: str | Path) -> LoRAConfig:
     directory = Path(directory)
     config = read_adapter_config(directory, model)
     path = directory / WEIGHTS_NAME
-    if not lora_layers(model):
+    if lora_layers(model):
+        _refuse_other_adapters(lora_layers(model), config, directory)
+    else:
         inject_lora(model, config)
     parameters = dict(model.named_parameters())
     wanted = _file_keys(model, config)
     try:
         with safe_open(str(path), framework="pt") as file:
-            # With bias="all" peft also writes the biases of the frozen original beside each module trained in full.
-            held = {key for key in file.keys() if ".original_module." not in key}
+            # With bias="all" peft writes the biases of modules trained in full twice more, under its wrapper's names.
+            held = {key for key in file.keys() if not any(part in key for part in _WRAPPER_PARTS)}
             _refuse(
                 path, "lacks", set(wanted) - held, "the adapter is not whole; save it again with its head and biases"
             )
@@ -197,6 +200,17 @@ def read_adapter_config(directory: str | Path, model: nn.Module | None = None) -
         raise LoRAError(f"{path}: {error}") from None
 
 
+def _refuse_other_adapters(layers: dict[str, LoRALinear], config: LoRAConfig, directory: Path) -> None:
+    """Raise LoRAError if a layer of the model is not what `config` would have made it."""
+    for name, layer in layers.items():
+        rank = pattern_value(config.rank_pattern, name, config.rank)
+        alpha = pattern_value(config.alpha_pattern, name, config.alpha)
+        chosen = config.layers_to_transform is None or layer_index(name) in config.layers_to_transform
+        wanted = LoRALinear.scaling_of(rank, alpha, config.use_rslora)
+        if not (matches(config.target_modules, name) and chosen and (layer.rank, layer.scaling) == (rank, wanted)):
+            raise LoRAError(f"{directory}: other settings than those of the model's adapter on {name}; load it afresh")
+
+
 def adapter_shapes(directory: str | Path) -> dict[str, list[int]]:
     """Shapes of the tensors in a folder's `adapter_model.safetensors`, by their names without peft's prefix.
 
@@ -254,7 +268,7 @@ def _write_whole(path: Path, text: str) -> None:
     part = path.with_name(f"{path.name}.part")
     try:
         part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
+        part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 

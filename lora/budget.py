@@ -63,7 +63,9 @@ def encoder_matrices(shape: Shape) -> dict[str, tuple[int, int]]:
         "output.dense": (m, h),
     }
     return {
-        f"roberta.encoder.layer.{layer}.{name}": size for layer in range(shape.layers) for name, size in of_layer.items()
+        f"roberta.encoder.layer.{layer}.{name}": size
+        for layer in range(shape.layers)
+        for name, size in of_layer.items()
     }
 
 
@@ -141,7 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", default=["query", "key", "value"], metavar="NAME")
     parser.add_argument("--labels", type=int, default=4, help="number of classes (default 4, as in AG News)")
     parser.add_argument("--head", choices=HEADS, default="full", help="how much of the head is trained")
-    parser.add_argument("--layers", type=int, nargs="+", default=None, metavar="N", help="layers to adapt (default all)")
+    parser.add_argument(
+        "--layers", type=int, nargs="+", default=None, metavar="N", help="layers to adapt (default all)"
+    )
     parser.add_argument("--bias", choices=("none", "lora_only", "all"), default="none")
     parser.add_argument("--budget", type=int, default=None, help="list the largest rank that fits for each target set")
     options = parser.parse_args(arguments)

@@ -38,13 +38,18 @@ class LoRALinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.rank = rank
         self.alpha = alpha
-        self.scaling = alpha / math.sqrt(rank) if use_rslora else alpha / rank
+        self.scaling = self.scaling_of(rank, alpha, use_rslora)
         self.dropout = nn.Dropout(dropout)
         like = {"device": base.weight.device, "dtype": torch.promote_types(base.weight.dtype, torch.float32)}
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **like))
         self.lora_B = nn.Parameter(torch.empty(base.out_features, rank, **like))
         self._unmerged_weight: Tensor | None = None  # the frozen W, kept while the layer is merged
         self.reset_parameters()
+
+    @staticmethod
+    def scaling_of(rank: int, alpha: float, use_rslora: bool) -> float:
+        """The factor on the update: alpha / rank, or alpha / sqrt(rank) with rank-stabilised LoRA."""
+        return alpha / math.sqrt(rank) if use_rslora else alpha / rank
 
     def reset_parameters(self) -> None:
         """A uniform in +-1/sqrt(in), B zero: the update starts at exactly nothing."""
@@ -117,7 +122,7 @@ class PackedLoRALinear(nn.Module):
             self.add_module(name, packed.get_submodule(name))
 
     def forward(self, x: Tensor, blocks: tuple[str, ...] | None = None) -> Tensor:
-        """(..., in) -> (..., sum of the blocks' out), for the named blocks in the order given; all of them by default."""
+        """(..., in) -> (..., sum of the blocks' out), of the named blocks in the order given; of all by default."""
         modules = [self.get_submodule(name) for name in blocks or self.packed_blocks]
         linears = [module.base if isinstance(module, LoRALinear) else module for module in modules]
         y = F.linear(

@@ -1,4 +1,4 @@
-"""RoBERTa for sequence classification: configuration, model, checkpoints, tokenizer. Knows torch, and nothing of LoRA."""
+"""RoBERTa for sequence classification: configuration, model, checkpoints, tokenizer. Knows nothing of LoRA."""
 
 from roberta.config import CheckpointError, RobertaConfig
 from roberta.model import RobertaForSequenceClassification

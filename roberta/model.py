@@ -4,7 +4,8 @@ The modules carry the names of the published checkpoints (`roberta.encoder.layer
 checkpoint's keys, a peft adapter's keys and the paths one types for a LoRA target are all the paths of this tree.
 Nothing here knows of LoRA: `lora.inject` replaces linear layers of this tree from outside.
 
-Shapes: `batch` sequences of `seq` tokens, each a vector of `hidden`; `heads` attention heads of `head = hidden / heads`.
+Shapes: `batch` sequences of `seq` tokens, each a vector of `hidden`; `heads` attention heads of `hidden / heads`, called
+`head`.
 Sources: Vaswani et al. 2017 (attention), Devlin et al. 2018 (BERT), Liu et al. 2019 (RoBERTa).
 """
 
@@ -64,7 +65,7 @@ class PackedLinear(nn.Module):
             self.add_module(name, nn.Linear(in_features, out_features))
 
     def forward(self, x: Tensor, blocks: tuple[str, ...] | None = None) -> Tensor:
-        """(..., in) -> (..., sum of the blocks' out), for the named blocks in the order given; all of them by default."""
+        """(..., in) -> (..., sum of the blocks' out), of the named blocks in the order given; of all by default."""
         layers = [self.get_submodule(name) for name in blocks or self.packed_blocks]
         weight = torch.cat([layer.weight for layer in layers])  # (sum out, in)
         bias = torch.cat([layer.bias for layer in layers])  # (sum out,)

@@ -11,18 +11,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from roberta.config import CheckpointError
 
-# What transformers sets for RoBERTa; <mask> swallows the space before it.
-_ROBERTA_SPECIAL_TOKENS = [
-    AddedToken("<s>", special=True, normalized=True),
-    AddedToken("<pad>", special=True, normalized=True),
-    AddedToken("</s>", special=True, normalized=True),
-    AddedToken("<unk>", special=True, normalized=True),
-    AddedToken("<mask>", special=True, lstrip=True, normalized=False),
-]
+# As transformers 5 reads these files; 4 also let <mask> swallow the space before it, as tokenizer.json files may say.
+_ROBERTA_SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 # The roles of special tokens, as transformers names them: what fills each in RoBERTa's vocabulary and in BERT's.
 _SPECIAL_TOKENS = {
     "bos_token": ("<s>", "[CLS]"),

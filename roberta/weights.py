@@ -18,7 +18,6 @@ So the hidden states of all real tokens are the same numbers (tests/parity/test_
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -122,7 +121,7 @@ def save_checkpoint(
     part = directory / f"{WEIGHTS_NAME}.part"
     try:
         save_file(tensors, str(part), metadata={"format": "pt"})
-        os.replace(part, directory / WEIGHTS_NAME)
+        part.replace(directory / WEIGHTS_NAME)
     finally:
         part.unlink(missing_ok=True)
     (directory / CONFIG_NAME).write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")

@@ -11,7 +11,6 @@ plots/           the curves as images
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,7 @@ class RunFolder:
         part = self.report.with_name("report.json.part")
         try:
             part.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            os.replace(part, self.report)
+            part.replace(self.report)
         finally:
             part.unlink(missing_ok=True)
 

@@ -1,0 +1,257 @@
+"""Adapters on disk, both ways: what we save peft loads, what peft saves we load, with the same logits."""
+
+import json
+import warnings
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora.adapter import load_adapter, read_adapter_config, save_adapter
+from lora.config import LoRAConfig, LoRAError
+from lora.inject import inject_lora
+from tests.parity.oracle import adapted_pair, assert_close, our_copy, our_name, ragged_batch, reference_model
+
+CONFIGS = {
+    "final model": LoRAConfig(rank=6, alpha=14, dropout=0.1),
+    "every matrix, rsLoRA": LoRAConfig(
+        rank=3, alpha=8, use_rslora=True, target_modules=("query", "key", "value", "output.dense", "intermediate.dense")
+    ),
+    "regex": LoRAConfig(rank=2, target_modules=r".*layer\.1.*(value|output\.dense)"),
+    "one layer": LoRAConfig(rank=2, layers_to_transform=(1,)),
+    "patterns": LoRAConfig(rank=4, rank_pattern={"query": 2}, alpha_pattern={"layer.1.attention.self.value": 3.0}),
+    "biases of adapted layers": LoRAConfig(rank=2, bias="lora_only", target_modules=("query", "output.dense")),
+    "all biases": LoRAConfig(rank=2, bias="all"),
+    "more modules trained in full": LoRAConfig(rank=2, modules_to_save=("classifier", "embeddings.LayerNorm")),
+}
+BATCH = ragged_batch([17, 1, 9])
+
+
+def ours_logits(model):
+    with torch.no_grad():
+        return model.eval()(BATCH["input_ids"], BATCH["attention_mask"])
+
+
+def peft_logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=BATCH["input_ids"], attention_mask=BATCH["attention_mask"]).logits
+
+
+def randomise_biases(ours, theirs):
+    """Move the trained biases away from the checkpoint's, on both sides alike: else forgetting them would not show."""
+    generator = torch.Generator().manual_seed(7)
+    mine = dict(ours.named_parameters())
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if parameter.requires_grad and name.endswith("bias") and our_name(name):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+                mine[our_name(name)].copy_(parameter)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_peft_loads_what_we_save(tmp_path, config):
+    ours, theirs = adapted_pair(tmp_path / "base", config, dtype=torch.float32)
+    randomise_biases(ours, theirs)
+    save_adapter(ours, config, tmp_path / "adapter", base_model=str(tmp_path / "base"), task_type="SEQ_CLS")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # peft warns of missing keys and of a damaged configuration
+        loaded = peft.PeftModel.from_pretrained(reference_model(), tmp_path / "adapter")
+    assert_close(peft_logits(loaded), ours_logits(ours), 1e-5, "logits")
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_we_load_what_peft_saves(tmp_path, config):
+    ours, theirs = adapted_pair(tmp_path / "base", config, dtype=torch.float32)
+    randomise_biases(ours, theirs)
+    expected = peft_logits(theirs)
+    theirs.save_pretrained(tmp_path / "adapter")
+    fresh = our_copy(reference_model(), tmp_path / "again", torch.float32)
+    loaded = load_adapter(fresh, tmp_path / "adapter")
+    assert_close(ours_logits(fresh), expected, 1e-5, "logits")
+    assert loaded.rank == config.rank and loaded.use_rslora == config.use_rslora and loaded.bias == config.bias
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_files_hold_the_same_keys_and_settings_as_pefts(tmp_path, config):
+    ours, theirs = adapted_pair(tmp_path / "base", config, dtype=torch.float32)
+    save_adapter(ours, config, tmp_path / "ours", task_type="SEQ_CLS")
+    theirs.save_pretrained(tmp_path / "theirs")
+    mine = load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    others = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    assert set(mine) == {key for key in others if ".original_module." not in key and ".modules_to_save." not in key}
+    for key, tensor in mine.items():
+        assert torch.equal(tensor, others[key]), key
+    settings, reference = (
+        json.loads((tmp_path / side / "adapter_config.json").read_text()) for side in ("ours", "theirs")
+    )
+    reference["modules_to_save"] = [name for name in reference["modules_to_save"] if name != "score"]
+    for field, value in settings.items():
+        if field == "base_model_name_or_path":
+            continue
+        same = sorted(value) == sorted(reference[field]) if isinstance(value, list) else value == reference[field]
+        assert same, f"{field}: {value} against {reference[field]}"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A base model and an adapter folder on disk, written by us."""
+    config = LoRAConfig(rank=2, bias="lora_only")
+    ours, _ = adapted_pair(tmp_path / "base", config, dtype=torch.float32)
+    save_adapter(ours, config, tmp_path / "adapter")
+    return our_copy(reference_model(), tmp_path / "again", torch.float32), tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("lost", ["classifier.out_proj.weight", "0.attention.self.query.lora_A", "base_layer.bias"])
+def test_a_missing_tensor_is_an_error_that_names_it(saved, lost):
+    model, folder = saved
+    tensors = load_file(folder / "adapter_model.safetensors")
+    kept = {key: tensor for key, tensor in tensors.items() if lost not in key}
+    assert len(kept) < len(tensors)
+    save_file(kept, folder / "adapter_model.safetensors")
+    with pytest.raises(LoRAError, match="lacks") as error:
+        load_adapter(model, folder)
+    assert lost.split(".")[-2] in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_unexpected_tensor_is_an_error_that_names_it(saved):
+    model, folder = saved
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors["base_model.model.roberta.nonsense.weight"] = torch.zeros(1)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(LoRAError, match=r"unexpected.*roberta\.nonsense"):
+        load_adapter(model, folder)
+
+
+def test_a_wrong_shape_is_an_error_that_gives_both(saved):
+    model, folder = saved
+    tensors = load_file(folder / "adapter_model.safetensors")
+    key = "base_model.model.classifier.out_proj.weight"
+    tensors[key] = torch.zeros(5, 24)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(LoRAError, match=r"out_proj.weight \(\[5, 24\], not \[3, 24\]\)"):
+        load_adapter(model, folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors", b"\xff" * 64])
+def test_a_broken_weight_file_is_an_error_that_names_it(saved, content):
+    model, folder = saved
+    (folder / "adapter_model.safetensors").write_bytes(content)
+    with pytest.raises(LoRAError, match=r"adapter_model.safetensors: not a whole safetensors file"):
+        load_adapter(model, folder)
+
+
+def test_a_truncated_weight_file_is_an_error(saved):
+    model, folder = saved
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(LoRAError, match="not a whole safetensors file"):
+        load_adapter(model, folder)
+
+
+def edit(folder, **fields):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    "field", ["use_dora", "fan_in_fan_out", "layer_replication", "exclude_modules", "something_of_tomorrow"]
+)
+def test_an_unknown_field_is_accepted_when_off_and_refused_by_name_when_on(saved, field):
+    model, folder = saved
+    for off in (False, None, 0, [], {}, ""):
+        edit(folder, **{field: off})
+        read_adapter_config(folder, model)
+    edit(folder, **{field: True})
+    with pytest.raises(LoRAError, match=rf"{field} = true is not supported"):
+        load_adapter(model, folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"peft_type": "IA3"}, "peft_type"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"r": 0}, "rank is 0"),
+        ({"r": "two"}, "rank is 'two'"),
+        ({"target_modules": None}, "target_modules is missing"),
+        ({"target_modules": ["nothing"]}, "'nothing' matches no linear layer"),
+    ],
+)
+def test_settings_that_can_not_be_used_are_named(saved, fields, says):
+    model, folder = saved
+    edit(folder, **fields)
+    with pytest.raises(LoRAError, match=says):
+        load_adapter(model, folder)
+
+
+def test_every_default_of_the_installed_peft_is_accepted(tmp_path):
+    peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"]).save_pretrained(tmp_path)
+    assert read_adapter_config(tmp_path).rank == 2
+
+
+# The fields that peft 0.10 writes, with the values of its defaults.
+PEFT_0_10 = {
+    "alpha_pattern": {},
+    "auto_mapping": None,
+    "base_model_name_or_path": "roberta-base",
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_alpha": 14,
+    "lora_dropout": 0.0,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "modules_to_save": ["classifier", "score"],
+    "peft_type": "LORA",
+    "r": 2,
+    "rank_pattern": {},
+    "revision": None,
+    "target_modules": ["value", "query", "key"],
+    "task_type": "SEQ_CLS",
+    "use_dora": False,
+    "use_rslora": False,
+}
+
+
+def test_settings_of_peft_0_10_load(saved):
+    model, folder = saved
+    ours_config = LoRAConfig(rank=2, alpha=14)
+    base = our_copy(reference_model(), folder.parent / "third", torch.float32)
+    save_adapter(inject_lora(base, ours_config), ours_config, folder)
+    (folder / "adapter_config.json").write_text(json.dumps(PEFT_0_10))
+    loaded = load_adapter(model, folder)
+    assert (loaded.rank, loaded.alpha, loaded.modules_to_save) == (2, 14, ("classifier",))
+
+
+def test_a_partly_trained_new_head_is_saved_whole(tmp_path):
+    """Only out_proj is trained, the dense layer below it is random and frozen: without it the adapter is worthless."""
+    config = LoRAConfig(rank=2, modules_to_save=("classifier.out_proj",))
+    model = our_copy(reference_model(), tmp_path / "base", torch.float32)
+    inject_lora(model, config)
+    save_adapter(model, config, tmp_path / "adapter", task_type="SEQ_CLS", also=("classifier",))
+    expected = ours_logits(model)
+    other = our_copy(reference_model(), tmp_path / "other", torch.float32)
+    with torch.no_grad():
+        other.classifier.dense.weight.zero_()
+    load_adapter(other, tmp_path / "adapter")
+    assert torch.equal(ours_logits(other), expected)
+    base = reference_model()
+    with torch.no_grad():
+        base.classifier.dense.weight.zero_()
+    opened = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert_close(peft_logits(opened), expected, 1e-5, "peft reads the frozen part too")
+
+
+def test_loading_into_a_model_with_other_adapters_is_refused(saved):
+    model, folder = saved
+    load_adapter(model, folder)
+    load_adapter(model, folder)  # the same again is fine: this is how the best adapter comes back after training
+    edit(folder, target_modules=["query"])
+    with pytest.raises(LoRAError):
+        load_adapter(model, folder)

@@ -1,0 +1,102 @@
+"""What is trained, and how many parameters that is: equal to peft for base and large, over a grid of settings."""
+
+import copy
+import functools
+
+import peft
+import pytest
+import torch
+import transformers
+
+from lora.config import LoRAConfig
+from lora.inject import count_parameters, inject_lora, lora_layers
+from roberta.config import RobertaConfig
+from roberta.model import RobertaForSequenceClassification
+from tests.parity.oracle import our_name, peft_config
+
+SIZES = {
+    "base": {},
+    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+}
+LABELS = ("World", "Sports", "Business", "Sci/Tech")
+TARGETS = {
+    "q,v": ("query", "value"),
+    "q,k,v": ("query", "key", "value"),
+    "attention output": ("query", "attention.output.dense"),
+    "output.dense": ("query", "output.dense"),
+    "intermediate": ("key", "intermediate.dense"),
+    "all": ("query", "key", "value", "output.dense", "intermediate.dense"),
+    "regex": r".*layer\.(0|11)\..*(query|output\.dense)",
+}
+REST = {
+    "plain": {},
+    "lora_only": {"bias": "lora_only"},
+    "all biases": {"bias": "all"},
+    "two layers": {"layers_to_transform": (1, 10)},
+    "two layers, all biases": {"layers_to_transform": (1, 10), "bias": "all"},
+    "embeddings' norm": {"modules_to_save": ("classifier", "embeddings.LayerNorm")},
+    "every norm, lora_only": {"modules_to_save": ("classifier", "LayerNorm"), "bias": "lora_only"},
+    "patterns": {"rank_pattern": {"query": 3, r"layer\.1\..*value": 9}},
+}
+GRID = [
+    pytest.param(size, TARGETS[targets], rank, REST[rest], id=f"{size}-{targets}-r{rank}-{rest}")
+    for size in SIZES
+    for targets in TARGETS
+    for rank in (4, 12)
+    for rest in REST
+    if not (targets == "regex" and "layers_to_transform" in REST[rest])
+]
+
+
+@functools.cache
+def plain_models(size: str):
+    """Ours and transformers' model of a size, on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        ours = RobertaForSequenceClassification(RobertaConfig(label_names=LABELS, **SIZES[size]))
+        config = transformers.RobertaConfig(
+            vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, num_labels=len(LABELS), **SIZES[size]
+        )
+        theirs = transformers.RobertaForSequenceClassification(config)
+    return ours, theirs
+
+
+def test_grid_is_as_large_as_promised():
+    assert len(GRID) >= 200
+
+
+@pytest.mark.parametrize(("size", "targets", "rank", "rest"), GRID)
+def test_counts_and_names_equal_peft(size, targets, rank, rest):
+    config = LoRAConfig(rank=rank, target_modules=targets, **rest)
+    ours, theirs = (copy.deepcopy(model) for model in plain_models(size))
+    with torch.device("meta"):
+        inject_lora(ours, config)
+        theirs = peft.get_peft_model(theirs, peft_config(config))
+    count = count_parameters(ours)
+    trainable, total = theirs.get_nb_trainable_parameters()
+
+    expected = {our_name(name) for name, p in theirs.named_parameters() if p.requires_grad and our_name(name)}
+    assert {name for name, p in ours.named_parameters() if p.requires_grad} == expected
+    # peft keeps a frozen original beside each module trained in full. With bias="all" it trains that one's biases too,
+    # which nothing reads: they are counted there and not here.
+    originals = [(name, p) for name, p in theirs.named_parameters() if ".original_module." in name]
+    assert count.trainable == trainable - sum(p.numel() for _, p in originals if p.requires_grad)
+    assert count.total == total - sum(p.numel() for _, p in originals)
+
+
+@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
+def test_targets_mean_the_modules_that_they_mean_in_peft(targets):
+    ours, theirs = (copy.deepcopy(model) for model in plain_models("base"))
+    config = LoRAConfig(target_modules=targets)
+    with torch.device("meta"):
+        inject_lora(ours, config)
+        theirs = peft.get_peft_model(theirs, peft_config(config))
+    matched = set(theirs.base_model.targeted_module_names)
+    assert set(lora_layers(ours)) == matched
+
+
+def test_output_dense_means_both_matrices_of_a_layer():
+    ours, _ = (copy.deepcopy(model) for model in plain_models("base"))
+    with torch.device("meta"):
+        inject_lora(ours, LoRAConfig(target_modules=("output.dense",)))
+    assert {name.split(".", 4)[4] for name in lora_layers(ours)} == {"attention.output.dense", "output.dense"}
+    assert len(lora_layers(ours)) == 24
