@@ -8,6 +8,7 @@ short news in random batches of 32, half of all tokens would be padding.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -117,6 +118,8 @@ def _encode_cached(texts: Sequence[str], tokenizer: Tokenizer, description: str)
         ids, cut = tokenizer.encode_batch_with_cuts(rows["text"])
         return {"input_ids": ids, "cut": cut}
 
+    if not sys.stderr.isatty():  # in a pipe or CI a bar is noise
+        datasets.disable_progress_bars()
     columns = {"input_ids": datasets.Sequence(datasets.Value("int32")), "cut": datasets.Value("bool")}
     encoded = datasets.Dataset.from_dict({"text": list(texts)}).map(
         encode,

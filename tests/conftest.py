@@ -1,8 +1,20 @@
-"""Fixtures for all tests."""
+"""Fixtures for all tests: a checkpoint and a data set small enough to train in a second."""
 
+import random
 from pathlib import Path
 
 import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from roberta.config import RobertaConfig
+from roberta.model import RobertaForSequenceClassification
+from roberta.tokenizer import TextTokenizer
+from roberta.weights import save_checkpoint
+
+SPORTS = ["goal", "match", "cup", "coach", "league"]
+BUSINESS = ["oil", "price", "bank", "profit", "shares"]
+FILLER = ["the", "a", "of", "on", "in", "new", "says", "after", "today", "report"]
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +24,100 @@ def shared() -> Path:
     if not (folder / "ag_news_csv").is_dir():
         pytest.skip("no ../shared folder with AG News text and RoBERTa's vocabulary")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch, request):
+    """Each test has a cache folder of its own, so that none finds what another left; "real_cache" keeps the user's."""
+    if "real_cache" not in request.keywords:
+        monkeypatch.setenv("LORABERTA_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """Whole words in <s> ... </s>."""
+    words = ["<s>", "<pad>", "</s>", "<unk>", *SPORTS, *BUSINESS, *FILLER]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("</s>", 2), ("<s>", 0))
+    tokenizer.add_special_tokens(words[:4])
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """A checkpoint folder of a random two-layer encoder, without a head."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("tiny-roberta")
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=24,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=34,
+        pad_token_id=1,
+    )
+    model = RobertaForSequenceClassification(config)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):  # strong enough that <s> hears of the other words
+            torch.nn.init.normal_(layer.weight, std=0.3)
+    # "Pretrained": the words of a class resemble each other, so that a few steps suffice.
+    direction, words = 2 * torch.randn(config.hidden_size), model.roberta.embeddings.word_embeddings.weight.data
+    words[4 : 4 + len(SPORTS)] += direction
+    words[4 + len(SPORTS) : 4 + len(SPORTS) + len(BUSINESS)] -= direction
+    save_checkpoint(model, folder, TextTokenizer(tiny_tokenizer(), 32))
+    weights = load_file(folder / "model.safetensors")
+    encoder = {name: tensor for name, tensor in weights.items() if not name.startswith("classifier.")}
+    save_file(encoder, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def tiny_rows(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """(label, text): three to nine words, one of which tells the class."""
+    draw = random.Random(seed)
+    rows = []
+    for i in range(count):
+        label, words = [("sports", SPORTS), ("business", BUSINESS)][i % 2]
+        text = draw.choices(FILLER, k=draw.randint(2, 8))
+        text.insert(draw.randrange(len(text) + 1), draw.choice(words))
+        rows.append((label, " ".join(text)))
+    return rows
+
+
+@pytest.fixture
+def tiny_data(tmp_path) -> Path:
+    """A folder with train.csv (96 rows) and test.csv (40 rows): label,text."""
+    for name, count, seed in (("train", 96, 0), ("test", 40, 1)):
+        lines = ["label,text", *(f"{label},{text}" for label, text in tiny_rows(count, seed))]
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return tmp_path
+
+
+@pytest.fixture
+def tiny_config(tiny_checkpoint, tiny_data) -> Path:
+    """Settings of a run on the two: learnt in three epochs."""
+    path = tiny_data / "tiny.toml"
+    path.write_text(
+        f"""
+output = "{tiny_data / "run"}"
+[model]
+checkpoint = "{tiny_checkpoint}"
+[lora]
+rank = 4
+alpha = 8
+[data]
+source = "{tiny_data / "train.csv"}"
+test_file = "{tiny_data / "test.csv"}"
+max_length = 16
+[train]
+epochs = 4
+batch_size = 8
+learning_rate = 2e-2
+warmup_fraction = 0.1
+log_every = 5
+""",
+        encoding="utf-8",
+    )
+    return path

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import itertools
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -56,7 +57,9 @@ def parse_options(kind: type[Options], arguments: list[str], *, prog: str, defau
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        # tyro draws a box of several lines around what is wrong; its first line of text says it.
-        lines = [line.strip("│ \n") for line in complaint.getvalue().splitlines()]
-        wrong = next((line for line in lines if line and line[0] not in "╭╰─"), "the options can't be read")
+        # tyro draws a box: a title, what is wrong (wrapped), a rule, hints. What is wrong is wanted, as one line.
+        _title, *lines = (line.strip("│| ") for line in complaint.getvalue().splitlines())
+        while lines and not lines[0].strip("─-"):  # a terminal without box characters gets a rule below the title
+            del lines[0]
+        wrong = " ".join(itertools.takewhile(lambda line: line.strip("─-"), lines))
         raise ConfigError(f"command line: {wrong}; --help lists the options") from None

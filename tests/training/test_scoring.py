@@ -52,6 +52,7 @@ def test_predict_restores_row_order_and_mode():
         attention_mask=torch.ones(3, 1, dtype=torch.bool),
         labels=torch.zeros(3, dtype=torch.long),
         indices=torch.from_numpy(rows),
+        tokens=3,
     )
     model = _FirstTokenModel().train()
     logits = predict(model, [batch], 3, Compute(torch.device("cpu"), "fp32"))

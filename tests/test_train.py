@@ -1,0 +1,273 @@
+"""train.py from the command line: what a run prints and leaves behind, and how it refuses what it can't use."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train as train_module
+from lora.adapter import load_adapter
+from train import groups_of, make_optimizer, train
+from training.command_line import EXIT_BAD_INPUT, EXIT_INTERRUPTED, run_command
+from training.config import parse_command_line, read_config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def run(capsys):
+    """Run train.py's command in this process: (exit code, stdout, stderr)."""
+
+    def command(*arguments):
+        code = run_command(lambda: train(parse_command_line([str(argument) for argument in arguments])))
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return command
+
+
+def test_a_run_learns_and_leaves_everything_behind(run, tiny_config, tiny_data):
+    code, out, _ = run(tiny_config)
+    assert code == 0
+    folder = tiny_data / "run"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["complete"] and report["test"]["accuracy"] > 0.9
+    assert f"test accuracy {100 * report['test']['accuracy']:.2f} %" in out
+    assert f"{report['trainable_parameters']:,}" in out and "python evaluate.py" in out
+
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert files == {
+        "config.toml",
+        "labels.json",
+        "metrics.jsonl",
+        "report.json",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/tokenizer.json",
+        "adapter/tokenizer_config.json",
+        "plots/loss.png",
+        "plots/learning_rate.png",
+        "plots/scores.png",
+        "plots/confusion.png",
+    }
+    assert read_config(folder / "config.toml") == read_config(tiny_config)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "split" not in line]
+    assert steps[-1]["step"] == report["steps"] == 4 * 11  # 86 rows to train on, in batches of 8
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert [line["epoch"] for line in lines if line.get("split") == "validation"] == [1, 2, 3, 4]
+
+
+def test_the_same_seed_gives_the_same_run_and_another_one_another(run, tiny_config, tiny_data):
+    adapters = []
+    for seed in (3, 3, 4):
+        run(tiny_config, "--train.seed", seed, "--output", tiny_data / f"run{len(adapters)}", "--train.epochs", 1)
+        adapters.append(load_file(tiny_data / f"run{len(adapters)}" / "adapter" / "adapter_model.safetensors"))
+    assert all(torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[0])
+    assert not all(torch.equal(adapters[0][key], adapters[2][key]) for key in adapters[0])
+
+
+def test_the_adapter_kept_and_tested_is_the_best_one_not_the_last(run, tiny_config, tiny_data, monkeypatch):
+    real_score, real_save = train_module.score, train_module.save_adapter
+    accuracies, saved = iter([0.9, 0.5, 0.4]), []
+
+    def score(logits, labels, names):
+        scores = real_score(logits, labels, names)
+        return scores if len(labels) == 40 else dataclasses.replace(scores, accuracy=next(accuracies))
+
+    def save(model, *arguments, **options):
+        saved.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+        real_save(model, *arguments, **options)
+
+    def load(model, folder):
+        last = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        assert not all(torch.equal(last[name], saved[0][name]) for name in last), "three epochs changed nothing"
+        load_adapter(model, folder)
+        assert all(torch.equal(p, saved[0][name]) for name, p in model.named_parameters() if p.requires_grad)
+        loaded.append(True)
+
+    loaded = []
+    monkeypatch.setattr(train_module, "score", score)
+    monkeypatch.setattr(train_module, "save_adapter", save)
+    monkeypatch.setattr(train_module, "load_adapter", load)
+    run(tiny_config, "--train.epochs", 3, "--train.patience", 0)
+    report = json.loads((tiny_data / "run" / "report.json").read_text())
+    assert (report["best_epoch"], report["epochs_run"], len(saved), loaded) == (1, 3, 1, [True])
+
+
+def test_early_stopping_by_patience(run, tiny_config, tiny_data, monkeypatch):
+    real_score, calls = train_module.score, []
+
+    def falling(logits, labels, names):
+        calls.append(1)
+        return real_score(logits if len(calls) == 1 else torch.zeros_like(logits), labels, names)
+
+    monkeypatch.setattr(train_module, "score", falling)
+    code, out, _ = run(tiny_config, "--train.epochs", 20, "--train.patience", 2)
+    report = json.loads((tiny_data / "run" / "report.json").read_text())
+    assert code == 0 and report["best_epoch"] == 1 and report["epochs_run"] == 3
+    assert "stopping early" in out
+
+
+def test_accumulation_steps_and_padding_settings_are_used(run, tiny_config, tiny_data):
+    run(tiny_config, "--train.accumulation-steps", 3, "--data.padding", "max_length", "--train.epochs", 1)
+    assert json.loads((tiny_data / "run" / "report.json").read_text())["steps"] == 4  # 11 batches in groups of 3
+
+
+def test_ctrl_c_ends_after_the_step_with_a_usable_folder(run, tiny_config, tiny_data, monkeypatch):
+    real_step, steps = train_module.train_step, []
+
+    def step(*arguments):
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real_step(*arguments)
+
+    monkeypatch.setattr(train_module, "train_step", step)
+    code, out, _ = run(tiny_config)
+    assert code == EXIT_INTERRUPTED and len(steps) == 3 and "interrupted" in out
+    report = json.loads((tiny_data / "run" / "report.json").read_text())
+    assert not report["complete"] and report["test"] is None and report["steps"] == 3
+    assert load_file(tiny_data / "run" / "adapter" / "adapter_model.safetensors")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_weight_decay_spares_vectors_unless_told():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    model[0].weight.requires_grad_(False)
+    groups = make_optimizer(model, 1e-3, 0.1, decay_bias_and_norm=False).param_groups
+    assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(3, 0.0)]
+    groups = make_optimizer(model, 1e-3, 0.1, decay_bias_and_norm=True).param_groups
+    assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(3, 0.1)]
+
+
+def test_groups_of_keeps_the_short_last_one():
+    assert list(groups_of(range(7), 3)) == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+def refused(run, *arguments):
+    """The one line with which a command is refused."""
+    code, _, err = run(*arguments)
+    assert code == EXIT_BAD_INPUT
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+def test_an_existing_run_folder_is_kept(run, tiny_config, tiny_data):
+    run(tiny_config, "--train.epochs", 1)
+    before = (tiny_data / "run" / "report.json").read_bytes()
+    assert "--overwrite" in refused(run, tiny_config)
+    assert (tiny_data / "run" / "report.json").read_bytes() == before
+    assert run(tiny_config, "--train.epochs", 1, "--overwrite")[0] == 0
+
+
+def test_a_folder_that_is_no_run_is_never_removed(run, tiny_config, tiny_data):
+    (tiny_data / "precious").mkdir()
+    (tiny_data / "precious" / "thesis.txt").write_text("years of work")
+    assert "not a run folder" in refused(run, tiny_config, "--output", tiny_data / "precious", "--overwrite")
+    assert (tiny_data / "precious" / "thesis.txt").read_text() == "years of work"
+
+
+def test_settings_that_can_not_be_used(run, tiny_config, tiny_data):
+    for arguments, says in [
+        (["--lora.rank", 0], "rank is 0"),
+        (["--lora.target-modules", "qeury"], "'qeury' matches no linear layer"),
+        (["--lora.modules-to-save", "head"], "'head' matches no module"),
+        (["--lora.layers-to-transform", 7], "7"),
+        (["--data.max-length", 400], "positions for 32 tokens"),
+        (["--train.max-trainable", 10], "train.max_trainable = 10"),
+        (["--model.checkpoint", tiny_data], "not a checkpoint folder"),
+        (["--model.checkpoint", "no-such-model"], "no-such-model"),
+        (["--data.source", tiny_data / "none.csv"], "none.csv"),
+        (["--data.source", "imdb"], "imdb"),
+        (["--train.device", "cuda"], "no GPU") if not torch.cuda.is_available() else (["--lora.alpha", 0], "alpha"),
+    ]:
+        assert says in refused(run, tiny_config, *arguments)
+    assert not (tiny_data / "run").exists(), "a refused run left something behind"
+
+
+def test_a_loss_that_is_not_finite_is_reported_with_step_and_rate(run, tiny_config, tiny_data):
+    line = refused(run, tiny_config, "--train.learning-rate", "1e30", "--train.max-grad-norm", 0)
+    assert "the loss is" in line and "at step" in line and "learning rate" in line
+
+
+def test_the_last_good_adapter_survives_a_loss_that_is_not_finite(run, tiny_config, tiny_data, monkeypatch):
+    real_step, steps = train_module.train_step, []
+
+    def step(*arguments):
+        steps.append(1)
+        loss = real_step(*arguments)
+        return loss * float("nan") if len(steps) == 15 else loss
+
+    monkeypatch.setattr(train_module, "train_step", step)
+    assert "at step 15 " in (line := refused(run, tiny_config)) and "adapter" in line
+    kept = load_file(tiny_data / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in kept.values())
+
+
+def test_a_full_disk_is_one_line(run, tiny_config, monkeypatch):
+    def full(*_arguments, **_options):
+        raise OSError(28, "No space left on device", "adapter_model.safetensors")
+
+    monkeypatch.setattr(train_module, "save_adapter", full)
+    assert "the disk is full" in refused(run, tiny_config, "--train.epochs", 1)
+
+
+def test_new_head_partly_trained_is_found_again(run, tiny_config, tiny_data):
+    code, _, _ = run(tiny_config, "--lora.modules-to-save", "classifier.out_proj", "--train.epochs", 2)
+    assert code == 0
+    saved = load_file(tiny_data / "run" / "adapter" / "adapter_model.safetensors")
+    assert "base_model.model.classifier.dense.weight" in saved
+
+
+def test_checkpoint_with_another_head_asks_for_a_new_one(run, tiny_config, tiny_checkpoint, tmp_path):
+    folder = tmp_path / "finetuned"
+    folder.mkdir()
+    for path in tiny_checkpoint.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    weights = load_file(folder / "model.safetensors")
+    weights |= {
+        "classifier.dense.weight": torch.zeros(32, 32),
+        "classifier.dense.bias": torch.zeros(32),
+        "classifier.out_proj.weight": torch.zeros(5, 32),
+        "classifier.out_proj.bias": torch.zeros(5),
+    }
+    save_file(weights, folder / "model.safetensors")
+    line = refused(run, tiny_config, "--model.checkpoint", folder)
+    assert "classifier.out_proj" in line and "new_head" in line
+    assert run(tiny_config, "--model.checkpoint", folder, "--model.new-head", "--train.epochs", 1)[0] == 0
+
+
+def test_the_program_imports_neither_transformers_nor_peft():
+    code = (
+        "import sys, train, evaluate; import lora.adapter, training.plots\n"
+        "print(sorted({'transformers', 'peft', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_as_a_process_a_bad_setting_ends_with_2_and_no_traceback(tiny_config):
+    done = subprocess.run(
+        [sys.executable, "train.py", str(tiny_config), "--lora.rnak", "8"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == EXIT_BAD_INPUT and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "--lora.rnak" in done.stderr
+
+
+def test_pipe_output_is_quiet_lines(tiny_config):
+    done = subprocess.run(
+        [sys.executable, "train.py", str(tiny_config), "--train.epochs", "2"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\r" not in done.stdout
+    assert sum(line.startswith("step ") for line in done.stdout.splitlines()) <= 10
+    assert np.isfinite(float(done.stdout.split("test accuracy ")[1].split()[0]))
