@@ -116,8 +116,8 @@ def _ag_news(config: DataConfig, seed: int) -> LabelledText:
         train, test = (list(_ag_news_rows(Path(config.directory) / f"{name}.csv")) for name in ("train", "test"))
         origin = f"ag_news ({config.directory})"
     else:
-        train, test = _ag_news_from_hub()
-        origin = f"ag_news ({_AG_NEWS_ON_HUB}, from the hub)"
+        train, test, where = _ag_news_from_hub()
+        origin = f"ag_news ({_AG_NEWS_ON_HUB}, {where})"
     names = list(range(len(AG_NEWS_LABELS)))
     return _assemble(config, seed, train, None, test, names, AG_NEWS_LABELS, origin)
 
@@ -132,32 +132,38 @@ def _ag_news_rows(path: Path) -> Iterator[_Row]:
         yield _Row(f"{fields[1]} {fields[2]}", int(fields[0]) - 1, where)
 
 
-def _ag_news_from_hub() -> tuple[list[_Row], list[_Row]]:
+def _ag_news_from_hub() -> tuple[list[_Row], list[_Row], str]:
+    """AG News from the hub library's cache, else from the hub; and which of the two it was."""
     import datasets  # takes a second to import
 
-    def load() -> Any:
-        return datasets.load_dataset(_AG_NEWS_ON_HUB)
-
-    offline = datasets.config.HF_HUB_OFFLINE
+    was_offline = datasets.config.HF_HUB_OFFLINE
     try:
-        if not hub_is_reachable():
-            # The library would retry for minutes; told to be offline, it takes its cache or fails at once.
-            datasets.config.HF_HUB_OFFLINE = True
-        loaded = load()
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        try:
+            datasets.config.HF_HUB_OFFLINE = True  # the cache alone: no question to the hub, no retries
+            loaded, origin = datasets.load_dataset(_AG_NEWS_ON_HUB), "cached, from the hub"
+        except (OSError, ValueError):
+            if not hub_is_reachable():
+                raise DataError(
+                    "ag_news: not cached, and the hub can't be reached; connect, or give a folder with train.csv and "
+                    "test.csv by data.directory"
+                ) from None
+            datasets.config.HF_HUB_OFFLINE = was_offline
+            loaded, origin = datasets.load_dataset(_AG_NEWS_ON_HUB), "from the hub"
+    except (OSError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"ag_news: not cached, and the hub did not give it ({type(error).__name__}); connect, or give a folder "
-            "with train.csv and test.csv by data.directory"
+            f"ag_news: the hub did not give it ({type(error).__name__}); try again later, or give a folder with "
+            "train.csv and test.csv by data.directory"
         ) from None
     finally:
-        datasets.config.HF_HUB_OFFLINE = offline
-    return tuple(
+        datasets.config.HF_HUB_OFFLINE = was_offline
+    train, test = (
         [
             _Row(text, label, f"{_AG_NEWS_ON_HUB}, {name} row {i + 1}")
             for i, (text, label) in enumerate(zip(loaded[name]["text"], loaded[name]["label"], strict=True))
         ]
         for name in ("train", "test")
     )
+    return train, test, origin
 
 
 def _from_tab_files(config: DataConfig, seed: int) -> LabelledText:

@@ -79,7 +79,9 @@ def load_checkpoint(
                     wrong.append(f"{key} ({shapes})")
             head_only = all(key.startswith("classifier.") for key in wrong)
             mend = (
-                "its head has other labels; draw a new head (model.new_head)" if head_only else "config.json describes another model"
+                "its head has other labels; draw a new head (model.new_head)"
+                if head_only
+                else "config.json describes another model"
             )
             _refuse(path, "has the wrong shape in", wrong, mend)
     except FileNotFoundError:

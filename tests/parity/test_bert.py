@@ -59,6 +59,7 @@ def test_first_bert_names_are_read_too(small_bert, prefix):
         assert torch.equal(one, other), name
 
 
+@pytest.mark.real_cache
 def test_minilm_in_float32():
     try:
         checkpoint = fetch_checkpoint("minilm")

@@ -1,0 +1,121 @@
+"""A hub on 127.0.0.1: serves folders as repositories, with just enough of the hub's protocol for its own library."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "c" * 40
+
+
+class Hub:
+    """Repositories by (kind, "owner/name") -> folder; `requests` lists the paths asked for."""
+
+    def __init__(self, repositories: dict[tuple[str, str], Path]) -> None:
+        self.repositories = repositories
+        self.requests: list[str] = []
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_arguments):
+                pass
+
+            def do_GET(self):
+                hub.answer(self, body=True)
+
+            def do_HEAD(self):
+                hub.answer(self, body=False)
+
+            def do_POST(self):
+                length = int(self.headers.get("Content-Length") or 0)
+                hub.answer(self, body=True, form=self.rfile.read(length))
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self) -> Hub:
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_error) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def answer(self, handler: BaseHTTPRequestHandler, body: bool, form: bytes = b"") -> None:
+        path = unquote(urlsplit(handler.path).path)
+        self.requests.append(f"{handler.command} {path}")
+        for (kind, name), folder in self.repositories.items():
+            prefix = "" if kind == "model" else "datasets/"
+            if path.startswith(f"/{prefix}{name}/resolve/"):
+                file = folder / path.split("/resolve/")[1].split("/", 1)[1]
+                if file.is_file():
+                    return self.send(handler, file.read_bytes(), "application/octet-stream", body)
+            for start in (f"/api/{kind}s/{name}",):
+                if path == start or path.startswith((f"{start}/revision/",)):
+                    return self.send_json(handler, self.info(name, folder), body)
+                if path.startswith(f"{start}/tree/"):
+                    under = path.removeprefix(f"{start}/tree/").partition("/")[2]
+                    return self.send_json(handler, self.tree(folder, under), body)
+                if path.startswith(f"{start}/paths-info/"):
+                    wanted = self.wanted_paths(form)
+                    return self.send_json(handler, [e for e in self.tree(folder, "") if e["path"] in wanted], body)
+        handler.send_response(404)
+        handler.send_header("X-Error-Code", "EntryNotFound" if "/resolve/" in path else "RepoNotFound")
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+        return None
+
+    @staticmethod
+    def wanted_paths(form: bytes) -> list[str]:
+        try:
+            return json.loads(form)["paths"]
+        except ValueError:
+            return [unquote(part.partition("=")[2]).replace("+", " ") for part in form.decode().split("&")]
+
+    @staticmethod
+    def info(name: str, folder: Path) -> dict:
+        files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        return {
+            "_id": "0" * 24,
+            "id": name,
+            "sha": COMMIT,
+            "private": False,
+            "gated": False,
+            "disabled": False,
+            "downloads": 0,
+            "likes": 0,
+            "tags": [],
+            "siblings": [{"rfilename": file} for file in files],
+        }
+
+    @staticmethod
+    def tree(folder: Path, under: str) -> list[dict]:
+        entries = []
+        for path in sorted((folder / under).rglob("*")):
+            entry = {"path": path.relative_to(folder).as_posix(), "oid": "0" * 40}
+            if path.is_file():
+                entry |= {"type": "file", "size": path.stat().st_size}
+            else:
+                entry |= {"type": "directory", "size": 0}
+            entries.append(entry)
+        return entries
+
+    def send_json(self, handler, value, body: bool) -> None:
+        self.send(handler, json.dumps(value).encode(), "application/json", body)
+
+    @staticmethod
+    def send(handler, content: bytes, kind: str, body: bool) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Type", kind)
+        handler.send_header("Content-Length", str(len(content)))
+        handler.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        handler.send_header("X-Repo-Commit", COMMIT)
+        handler.end_headers()
+        if body:
+            handler.wfile.write(content)

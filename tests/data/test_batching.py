@@ -1,0 +1,115 @@
+"""Texts to batches: nothing lost, nothing twice, padding where it belongs, tokenized once."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.batching import EncodedSplit, bucketed_batches, collate, encode_split, evaluation_batches, training_batches
+from data.sources import Split
+from roberta.tokenizer import TextTokenizer
+from tests.conftest import tiny_tokenizer
+
+
+def split_of(lengths):
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return EncodedSplit(np.arange(offsets[-1], dtype=np.int32) + 5, offsets, np.arange(len(lengths)) % 3, 12, 0)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=200),
+    batch_size=st.integers(1, 9),
+    seed=st.integers(0, 5),
+    epoch=st.integers(0, 5),
+)
+def test_every_row_is_in_exactly_one_batch(lengths, batch_size, seed, epoch):
+    batches = bucketed_batches(np.array(lengths), batch_size, seed, epoch)
+    assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
+    assert sorted(map(len, batches))[1:] == [batch_size] * (len(batches) - 1)
+
+
+def test_batches_are_decided_by_seed_and_epoch():
+    lengths = np.random.default_rng(0).integers(1, 100, 500)
+
+    def order(seed, epoch):
+        return [batch.tolist() for batch in bucketed_batches(lengths, 16, seed, epoch)]
+
+    assert order(1, 2) == order(1, 2)
+    assert order(1, 2) != order(1, 3) and order(1, 2) != order(2, 2)
+
+
+def test_buckets_leave_little_padding():
+    lengths = np.random.default_rng(0).integers(5, 128, 4000)
+    batches = bucketed_batches(lengths, 32, 0, 0)
+    padded = sum(lengths[batch].max() * len(batch) for batch in batches)
+    assert lengths.sum() / padded > 0.95  # in random batches it is about 0.53
+    widths = [lengths[batch].max() for batch in batches]
+    assert widths != sorted(widths), "batches must not come in order of length"
+
+
+def test_collate_pads_on_the_right_and_masks():
+    batch = collate(split_of([3, 1, 2]), np.array([2, 0]), pad_token_id=1, padding="longest")
+    assert batch.input_ids.tolist() == [[9, 10, 1], [5, 6, 7]]
+    assert batch.attention_mask.tolist() == [[True, True, False], [True, True, True]]
+    assert batch.labels.tolist() == [2, 0] and batch.indices.tolist() == [2, 0] and batch.tokens == 5
+
+
+def test_fixed_padding_is_to_the_maximum_length():
+    batch = collate(split_of([3, 1]), np.array([0, 1]), pad_token_id=1, padding="max_length")
+    assert batch.input_ids.shape == (2, 12) and int(batch.attention_mask.sum()) == 4
+
+
+def test_evaluation_goes_by_length_and_knows_its_rows():
+    split = split_of([7, 2, 9, 1, 4])
+    batches = list(evaluation_batches(split, 2, 1))
+    assert torch.cat([batch.indices for batch in batches]).tolist() == [3, 1, 4, 0, 2]
+    for batch in batches:
+        assert torch.equal(batch.labels, torch.from_numpy(split.labels)[batch.indices])
+
+
+def test_training_batches_hold_the_ids_of_their_rows():
+    split = split_of([7, 2, 9, 1, 4])
+    for batch in training_batches(split, 2, 1, seed=0, epoch=1):
+        for row, ids, mask in zip(batch.indices, batch.input_ids, batch.attention_mask, strict=True):
+            assert ids[mask].tolist() == split.input_ids[split.offsets[row] : split.offsets[row + 1]].tolist()
+
+
+@pytest.fixture
+def tokenizer():
+    return TextTokenizer(tiny_tokenizer(), 6)
+
+
+TEXTS = Split(["oil price", "the cup", "a goal in the match says the coach today"], [1, 0, 0])
+
+
+def test_encoding_counts_what_is_cut(tokenizer):
+    split = encode_split(TEXTS, tokenizer)
+    assert split.lengths.tolist() == [4, 4, 6] and split.truncated == 1 and split.labels.tolist() == [1, 0, 0]
+    assert split.input_ids[:4].tolist() == tokenizer.encode_batch(["oil price"])[0]
+
+
+def test_encoding_is_cached_by_texts_and_tokenizer(tokenizer, monkeypatch):
+    first = encode_split(TEXTS, tokenizer)
+    calls = []
+    real = TextTokenizer.encode_batch_with_cuts
+
+    def counting(self, texts):
+        calls.append(len(texts))
+        return real(self, texts)
+
+    monkeypatch.setattr(TextTokenizer, "encode_batch_with_cuts", counting)
+    again = encode_split(TEXTS, tokenizer)
+    assert not calls and np.array_equal(first.input_ids, again.input_ids) and again.truncated == 1
+    encode_split(Split([*TEXTS.texts[:2], "oil"], TEXTS.labels), tokenizer)
+    assert len(calls) == 1
+    longer = encode_split(TEXTS, TextTokenizer(tiny_tokenizer(), 30))
+    assert len(calls) == 2 and longer.truncated == 0
+
+
+def test_encoding_without_cache_is_the_same_and_leaves_no_file(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORABERTA_CACHE", str(tmp_path / "none"))
+    plain = encode_split(TEXTS, tokenizer, cache=False)
+    assert not (tmp_path / "none").exists()
+    cached = encode_split(TEXTS, tokenizer)
+    assert np.array_equal(plain.input_ids, cached.input_ids) and plain.truncated == cached.truncated

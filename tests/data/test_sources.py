@@ -1,0 +1,199 @@
+"""Labelled text from files: what is read, how splits are held out, and how bad rows are named."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from data.errors import DataError
+from data.sources import AG_NEWS_LABELS, DataConfig, load_source
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def csv_file(tmp_path, rows=40, name="train.csv"):
+    lines = [f"{'good' if i % 2 else 'bad'},text {i}" for i in range(rows)]
+    return write(tmp_path / name, "\n".join(["label,text", *lines]) + "\n")
+
+
+def load(source, **fields):
+    return load_source(DataConfig(source=str(source), **fields), seed=0)
+
+
+def test_csv_with_names_as_labels(tmp_path):
+    text = load(csv_file(tmp_path), test_file=csv_file(tmp_path, 6, "test.csv"))
+    assert text.label_names == ("bad", "good")
+    assert (len(text.train.texts), len(text.validation.texts), len(text.test.texts)) == (36, 4, 6)
+    assert text.test.texts[:2] == ["text 0", "text 1"] and text.test.labels[:2] == [0, 1]
+
+
+def test_same_rows_in_every_format(tmp_path):
+    rows = [{"label": i % 3, "title": f"title {i}", "body": f'body, "{i}"\nline'} for i in range(30)]
+    quoted = [f'{r["label"]},{r["title"]},"{r["body"].replace(chr(34), chr(34) * 2)}"' for r in rows]
+    csv = write(tmp_path / "a.csv", "\n".join(["label,title,body", *quoted]))
+    tsv = write(tmp_path / "a.tsv", "\n".join(["label\ttitle\tbody", *(q.replace(",", "\t", 2) for q in quoted)]))
+    jsonl = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    parquet = str(tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), parquet)
+    loaded = [load(path, text_columns=("title", "body")) for path in (csv, tsv, jsonl, parquet)]
+    assert loaded[0].label_names == ("0", "1", "2")
+    assert all('body, "' in text and text.startswith("title ") for text in loaded[0].train.texts)
+    for other in loaded[1:]:
+        assert (other.train, other.validation, other.test) == (loaded[0].train, loaded[0].validation, loaded[0].test)
+
+
+def test_number_labels_are_ordered_as_numbers(tmp_path):
+    lines = "\n".join(f"{i % 11},text {i}" for i in range(110))
+    assert load(write(tmp_path / "a.csv", f"label,text\n{lines}")).label_names == tuple(map(str, range(11)))
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_content(tmp_path):
+    path = tmp_path / "a.csv"
+    rows = "".join(f"{i % 2},text {i}\r\n" for i in range(30))
+    path.write_bytes(b"\xef\xbb\xbf" + f"label,text\r\n{rows}".encode())
+    text = load(path)
+    assert sorted(text.label_names) == ["0", "1"] and all(not t.endswith("\r") for t in text.train.texts)
+
+
+def test_classic_ag_news_folder(tmp_path):
+    rows = "".join(f'"{i % 4 + 1}","Title {i}","Said ""{i}"" \\$5"\n' for i in range(40))
+    write(tmp_path / "train.csv", rows), write(tmp_path / "test.csv", rows)
+    text = load("ag_news", directory=str(tmp_path))
+    assert text.label_names == AG_NEWS_LABELS
+    assert text.test.texts[2] == 'Title 2 Said "2" \\$5' and text.test.labels[:5] == [0, 1, 2, 3, 0]
+
+
+def test_real_ag_news_rows(shared):
+    text = load("ag_news", directory=str(shared / "ag_news_csv"))
+    assert len(text.train.texts) + len(text.validation.texts) == 9956 and len(text.test.texts) == 1000
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('"1","a","b"\n"1","a"\n', r"train\.csv, row 2: 2 fields, not 3"),
+        ('"1","a","b"\n"5","a","b"\n', r"train\.csv, row 2: class '5' is not 1, 2, 3 or 4"),
+        ('"1","a","b"\n"2"," "," "\n', r"train\.csv, row 2: the text is empty"),
+        ('"1","a","b"\n"2","a,"b"\n', r"train\.csv, row 2: .* mend the row's quotes"),
+        ("", "the train split has no rows"),
+    ],
+)
+def test_bad_ag_news_rows_are_named(tmp_path, content, says):
+    write(tmp_path / "train.csv", content), write(tmp_path / "test.csv", '"1","a","b"\n')
+    with pytest.raises(DataError, match=says):
+        load("ag_news", directory=str(tmp_path))
+
+
+GOOD = "label,text\n" + "".join(f"{i % 2},text {i}\n" for i in range(20))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.csv", "klass,text\n1,x\n", r"a\.csv, header: no column 'label'; there are klass, text"),
+        ("a.csv", GOOD + "1,too,many\n", r"a\.csv, row 22: 3 fields, but the header has 2"),
+        ("a.csv", GOOD + "1\n", r"a\.csv, row 22: 1 fields"),
+        ("a.csv", GOOD + "1,  \n", r"a\.csv, row 22: the text is empty"),
+        ("a.csv", GOOD + ",text\n", r"a\.csv, row 22: the label is empty"),
+        ("a.csv", "label,text\n", r"a\.csv.*: the train split has no rows"),
+        ("a.csv", "", r"a\.csv, header: no column"),
+        ("a.csv", "label,text\n" + "1,x\n" * 20, "every row has the label '1'"),
+        ("a.csv", 'label,text\n1,"open\n', r"a\.csv, row 2: .* mend the row's quotes"),
+        ("a.jsonl", '{"label": 1, "text": "x"}\n{broken\n', r"a\.jsonl, row 2: not JSON"),
+        ("a.jsonl", '{"label": 1, "text": "x"}\n[1]\n', r"a\.jsonl, row 2: not a JSON object"),
+        ("a.jsonl", '{"label": 1, "text": "x"}\n{"label": 1}\n', r"a\.jsonl, row 2: no column 'text'; there are label"),
+        (
+            "a.jsonl",
+            '{"label": 1, "text": "x"}\n{"label": null, "text": "y"}\n',
+            r"a\.jsonl, row 2: the label is empty",
+        ),
+        ("a.jsonl", '{"label": 1, "text": "x"}\n{"label": 1, "text": null}\n', r"a\.jsonl, row 2: the text is empty"),
+        ("a.parquet", "not parquet", r"a\.parquet: not a Parquet file"),
+    ],
+)
+def test_bad_files_are_one_line_naming_the_row(tmp_path, name, content, says):
+    with pytest.raises(DataError, match=says) as error:
+        load(write(tmp_path / name, content))
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_utf8_names_row_and_byte(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"label,text\n1,fine\n0,caf\xe9\n")
+    with pytest.raises(DataError, match=r"a\.csv, row 3: not UTF-8 \(byte 23\)"):
+        load(path)
+
+
+def test_a_label_that_only_the_test_split_has_is_named(tmp_path):
+    test = write(tmp_path / "test.csv", "label,text\nbad,a\nugly,b\n")
+    with pytest.raises(DataError, match=r"test\.csv, row 3: unknown label 'ugly'; there are bad, good"):
+        load(csv_file(tmp_path), test_file=test)
+
+
+@pytest.mark.parametrize("missing", ["none.csv", "none.jsonl", "none.parquet"])
+def test_a_missing_file_is_named(tmp_path, missing):
+    with pytest.raises(DataError, match=rf"{missing}: no such file"):
+        load(tmp_path / missing)
+
+
+def test_validation_is_stratified_seeded_and_complete(tmp_path):
+    lines = "\n".join(f"{'rare' if i % 10 == 0 else 'common'},text {i}" for i in range(400))
+    path = write(tmp_path / "a.csv", f"label,text\n{lines}\n")
+    test = csv_file(tmp_path, 10, "t.csv").replace("t.csv", "t.csv")
+    write(tmp_path / "t.csv", "label,text\nrare,x\ncommon,y\n")
+    config = DataConfig(source=path, test_file=test, validation_fraction=0.2)
+    one, again, other = (load_source(config, seed) for seed in (1, 1, 2))
+    assert one == again and one.validation != other.validation
+    assert len(one.validation.texts) == 80 and one.validation.labels.count(one.label_names.index("rare")) == 8
+    assert sorted(one.train.texts + one.validation.texts) == sorted(f"text {i}" for i in range(400))
+
+
+def test_a_class_with_a_single_row_stays_in_training(tmp_path):
+    lines = "\n".join(f"{'ab'[i % 2]},text {i}" for i in range(60))
+    path = write(tmp_path / "a.csv", f"label,text\n{lines}\nonly,once\n")
+    for seed in range(5):
+        text = load_source(DataConfig(source=path), seed)
+        assert "once" in text.train.texts
+
+
+def test_without_a_test_file_a_tenth_is_held_out_and_said_so(tmp_path):
+    text = load(csv_file(tmp_path, 100))
+    assert (len(text.train.texts), len(text.validation.texts), len(text.test.texts)) == (81, 9, 10)
+    assert "held out" in text.origin
+
+
+def test_too_few_rows_to_hold_any_out(tmp_path):
+    with pytest.raises(DataError, match="too few"):
+        load(write(tmp_path / "a.csv", "label,text\n0,a\n1,b\n"))
+
+
+@pytest.mark.real_cache
+@pytest.mark.parametrize(
+    ("name", "train", "test", "classes"),
+    [("reuters-r8", 5485, 2189, 8), ("reuters-r52", 6532, 2568, 52), ("20newsgroups", 11293, 7528, 20)],
+)
+def test_named_sets_have_their_published_sizes(name, train, test, classes):
+    try:
+        text = load(name)
+    except DataError as error:
+        pytest.skip(f"not cached and can't be fetched: {error}")
+    assert len(text.train.texts) + len(text.validation.texts) == train
+    assert len(text.test.texts) == test and len(text.label_names) == classes
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"validation_fraction": 0.0}, "validation_fraction"),
+        ({"validation_fraction": 1.0}, "validation_fraction"),
+        ({"max_length": 2}, "max_length"),
+        ({"text_columns": ()}, "text_columns"),
+    ],
+)
+def test_settings_out_of_range(fields, says):
+    with pytest.raises(DataError, match=says):
+        DataConfig(**fields)
