@@ -4,8 +4,8 @@ The modules carry the names of the published checkpoints (`roberta.encoder.layer
 checkpoint's keys, a peft adapter's keys and the paths one types for a LoRA target are all the paths of this tree.
 Nothing here knows of LoRA: `lora.inject` replaces linear layers of this tree from outside.
 
-Shapes: `batch` sequences of `seq` tokens, each a vector of `hidden`; `heads` attention heads of `hidden / heads`, called
-`head`.
+Shapes: `batch` sequences of `seq` tokens, each a vector of `hidden` numbers; `heads` attention heads of
+`head = hidden / heads` each.
 Sources: Vaswani et al. 2017 (attention), Devlin et al. 2018 (BERT), Liu et al. 2019 (RoBERTa).
 """
 

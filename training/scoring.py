@@ -62,9 +62,8 @@ class Scores:
         total = {"precision": self.precision, "recall": self.recall, "f1": self.f1}
         total["support"] = sum(row["support"] for _, row in rows)
         for name, row in [*rows, ("macro average", total)]:
-            lines.append(
-                f"{name:<{width}}  {row['precision']:>9.3f}  {row['recall']:>6.3f}  {row['f1']:>5.3f}  {row['support']:>6,}"
-            )
+            numbers = f"{row['precision']:>9.3f}  {row['recall']:>6.3f}  {row['f1']:>5.3f}  {row['support']:>6,}"
+            lines.append(f"{name:<{width}}  {numbers}")
         return "\n".join(lines)
 
 

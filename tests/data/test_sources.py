@@ -105,7 +105,7 @@ GOOD = "label,text\n" + "".join(f"{i % 2},text {i}\n" for i in range(20))
         ("a.csv", 'label,text\n1,"open\n', r"a\.csv, row 2: .* mend the row's quotes"),
         ("a.jsonl", '{"label": 1, "text": "x"}\n{broken\n', r"a\.jsonl, row 2: not JSON"),
         ("a.jsonl", '{"label": 1, "text": "x"}\n[1]\n', r"a\.jsonl, row 2: not a JSON object"),
-        ("a.jsonl", '{"label": 1, "text": "x"}\n{"label": 1}\n', r"a\.jsonl, row 2: no column 'text'; there are label"),
+        ("a.jsonl", '{"label": 1, "text": "x"}\n{"label": 1}\n', r"a\.jsonl, row 2: no column 'text'"),
         (
             "a.jsonl",
             '{"label": 1, "text": "x"}\n{"label": null, "text": "y"}\n',

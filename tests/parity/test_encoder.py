@@ -107,7 +107,7 @@ def test_logits_loss_and_gradients_of_adapters(tmp_path, config):
     assert set(mine) == set(gradients)
     for name, parameter in mine.items():
         assert parameter.grad.abs().max() > 0 or gradients[name].abs().max() == 0, name
-        # The bias of key cancels in the softmax: its gradient is rounding on both sides, so compare to the weights' size.
+        # The bias of key cancels in the softmax: its gradient is rounding alone, on both sides.
         if name.endswith("key.base.bias") or name.endswith("key.bias"):
             assert max(parameter.grad.abs().max(), gradients[name].abs().max()) < 1e-12, name
         else:

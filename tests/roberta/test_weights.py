@@ -1,0 +1,194 @@
+"""Checkpoints: which keys are read, which are left out, and how a file that doesn't fit is refused."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from roberta.config import CheckpointError, RobertaConfig
+from roberta.model import RobertaForSequenceClassification
+from roberta.tokenizer import TextTokenizer
+from roberta.weights import has_head, load_checkpoint, save_checkpoint
+
+SMALL = RobertaConfig(
+    vocab_size=20,
+    hidden_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=12,
+    max_position_embeddings=12,
+    label_names=("a", "b", "c"),
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A fine-tuned checkpoint, head included, and the model it was written from."""
+    torch.manual_seed(0)
+    save_checkpoint(RobertaForSequenceClassification(SMALL), tmp_path)
+    return tmp_path
+
+
+def edit_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    save_file(change(weights), folder / "model.safetensors")
+
+
+def edit_config(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_what_is_saved_is_loaded(folder):
+    model = load_checkpoint(folder)
+    assert model.config == SMALL
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        assert torch.equal(model.get_parameter(name), tensor), name
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_prefix_is_optional_and_pretraining_parts_are_left_out(folder):
+    before = load_checkpoint(folder)
+
+    def encoder_alone(weights):
+        encoder = {name.removeprefix("roberta."): t for name, t in weights.items() if not name.startswith("classifier.")}
+        extra = ("lm_head.dense.weight", "lm_head.bias", "pooler.dense.weight", "embeddings.position_ids")
+        return encoder | {name: torch.zeros(3) for name in extra}
+
+    edit_weights(folder, encoder_alone)
+    assert not has_head(folder)
+    after = load_checkpoint(folder)
+    for (name, one), other in zip(before.roberta.named_parameters(), after.roberta.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_a_missing_head_is_drawn_anew_from_the_published_distribution(folder):
+    edit_weights(folder, lambda weights: {n: t for n, t in weights.items() if not n.startswith("classifier.")})
+    config = dataclasses.replace(SMALL, initializer_range=0.5, label_names=tuple("abcdefgh") * 50)
+    torch.manual_seed(1)
+    head = load_checkpoint(folder, config).classifier
+    assert head.out_proj.weight.std().item() == pytest.approx(0.5, rel=0.1)
+    assert head.out_proj.bias.abs().max() == 0 and head.dense.bias.abs().max() == 0
+    torch.manual_seed(1)
+    assert torch.equal(head.out_proj.weight, load_checkpoint(folder, config).classifier.out_proj.weight)
+
+
+def test_a_present_head_is_read_unless_a_new_one_is_asked_for(folder):
+    saved = load_file(folder / "model.safetensors")["classifier.dense.weight"]
+    assert has_head(folder)
+    assert torch.equal(load_checkpoint(folder).classifier.dense.weight, saved)
+    assert not torch.equal(load_checkpoint(folder, new_head=True).classifier.dense.weight, saved)
+
+
+def test_half_precision_files_become_float32(folder):
+    edit_weights(folder, lambda weights: {name: tensor.half() for name, tensor in weights.items()})
+    assert {p.dtype for p in load_checkpoint(folder).parameters()} == {torch.float32}
+
+
+def refused(folder, says):
+    with pytest.raises(CheckpointError, match=says) as error:
+        load_checkpoint(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_unexpected_and_misshapen_keys_are_listed(folder):
+    key = "roberta.encoder.layer.1.output.dense.bias"
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: t for name, t in weights.items() if name != key}, folder / "model.safetensors")
+    refused(folder, rf"model\.safetensors: lacks {key}")
+    save_file(weights | {"roberta.encoder.layer.2.output.dense.bias": torch.zeros(8)}, folder / "model.safetensors")
+    refused(folder, r"holds unexpected roberta\.encoder\.layer\.2\.output\.dense\.bias")
+    save_file(weights | {key: torch.zeros(9)}, folder / "model.safetensors")
+    refused(folder, rf"has the wrong shape in {key} \(\[9\], not \[8\]\)")
+    save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
+    refused(folder, r"lacks .* and 3\d more")
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"not safetensors at all", b"\xff" * 100])
+def test_a_file_that_is_no_safetensors(folder, content):
+    (folder / "model.safetensors").write_bytes(content)
+    refused(folder, r"model\.safetensors: not a whole safetensors file")
+
+
+def test_a_truncated_file(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    refused(folder, r"model\.safetensors: not a whole safetensors file")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_missing_file(folder, name):
+    (folder / name).unlink()
+    refused(folder, rf"{name}: no such file")
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
+        ({"model_type": None}, "model_type is None"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
+        ({"is_decoder": True}, "is_decoder is True"),
+        ({"hidden_size": 0}, "hidden_size is 0"),
+        ({"hidden_size": "8"}, "hidden_size is '8'"),
+        ({"num_attention_heads": 3}, "3 equal attention heads"),
+        ({"max_position_embeddings": 2}, "leaves no room"),
+        ({"id2label": {"0": "a", "2": "b"}}, "id2label"),
+    ],
+)
+def test_a_configuration_that_can_not_be_used(folder, fields, says):
+    edit_config(folder, **fields)
+    refused(folder, rf"config\.json: .*{says}")
+
+
+@pytest.mark.parametrize("content", ["{broken", "[1, 2]", "\xff\xfe{"])
+def test_a_broken_configuration(folder, content):
+    (folder / "config.json").write_text(content, encoding="latin-1")
+    refused(folder, r"config\.json: ")
+
+
+def test_fields_at_their_default_may_be_absent(folder):
+    path = folder / "config.json"
+    raw = {"model_type": "roberta", "hidden_size": 16, "num_attention_heads": 2}
+    path.write_text(json.dumps(raw))
+    config = RobertaConfig.from_file(path)
+    assert (config.vocab_size, config.pad_token_id, config.max_length) == (50265, 1, 510)
+
+
+def test_published_sizes():
+    assert RobertaConfig().max_length == 512
+    bert = RobertaConfig.from_dict({"model_type": "bert"})
+    assert bert.max_length == 512 and bert.max_position_embeddings == 513 and bert.type_vocab_size == 1
+
+
+def test_an_interrupted_save_leaves_the_old_file(folder, monkeypatch):
+    before = (folder / "model.safetensors").read_bytes()
+
+    def full(*_arguments, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("roberta.weights.save_file", full)
+    with pytest.raises(OSError):
+        save_checkpoint(RobertaForSequenceClassification(SMALL), folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert not list(folder.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({}, "holds no tokenizer"),
+        ({"vocab.json": "{}"}, "holds no tokenizer"),
+        ({"tokenizer.json": "{}"}, "tokenizer.json: not a tokenizer"),
+        ({"vocab.json": "{broken", "merges.txt": "#version"}, "vocab.json: not a tokenizer"),
+    ],
+)
+def test_a_folder_without_a_usable_tokenizer(tmp_path, files, says):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(CheckpointError, match=says) as error:
+        TextTokenizer.from_directory(tmp_path, 16)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,147 @@
+"""evaluate.py from the command line: the training's number again, texts, merged, exported, adapters that peft wrote."""
+
+import json
+
+import peft
+import pytest
+import torch
+import transformers
+
+from evaluate import Arguments, evaluate
+from tests.conftest import tiny_rows
+from train import train
+from training.command_line import EXIT_BAD_INPUT, parse_options, run_command
+from training.config import parse_command_line
+
+
+@pytest.fixture
+def command(capsys):
+    """Run evaluate.py's command in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        words = [str(argument) for argument in arguments]
+        code = run_command(lambda: evaluate(parse_options(Arguments, words, prog="evaluate.py")))
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def finished(tiny_config, tiny_data, capsys):
+    """A finished run's folder and the line of scores that its training printed."""
+    assert train(parse_command_line([str(tiny_config)])) == 0
+    out = capsys.readouterr().out
+    return tiny_data / "run", next(line for line in out.splitlines() if line.startswith("test accuracy"))
+
+
+def test_the_test_split_scores_as_training_printed(command, finished):
+    folder, line = finished
+    code, out, _ = command(folder)
+    assert code == 0 and line in out.splitlines()
+    code, merged, _ = command(folder, "--merged")
+    assert code == 0 and "folded into the weights" in merged
+    assert line.split("loss")[0] in merged
+
+
+def probabilities(line):
+    words = line.split()
+    return dict(zip(words[0:4:2], map(float, words[1:4:2]), strict=True))
+
+
+def test_texts_are_classified_with_probabilities(command, finished, tmp_path):
+    folder, _ = finished
+    code, out, _ = command(folder, "--text", "the goal of the match", "oil price today")
+    lines = out.splitlines()[-2:]
+    assert code == 0 and lines[0].startswith("sports") and lines[1].startswith("business")
+    for line in lines:
+        assert sum(probabilities(line).values()) == pytest.approx(1, abs=2e-3)
+    file = tmp_path / "texts.txt"
+    file.write_text("the goal of the match\noil price today\n", encoding="utf-8")
+    assert command(folder, "--file", file)[1].splitlines()[-2:] == lines
+
+
+def test_exported_model_opens_in_transformers_and_answers_alike(command, finished, tmp_path):
+    folder, _ = finished
+    code, out, _ = command(folder, "--export", tmp_path / "merged")
+    assert code == 0 and "exported" in out
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert model.config.id2label == {0: "business", 1: "sports"}
+    texts = [text for _, text in tiny_rows(10, seed=9)]
+    expected = [probabilities(line) for line in command(folder, "--text", *texts)[1].splitlines()[-10:]]
+    with torch.no_grad():
+        theirs = model(**tokenizer(texts, return_tensors="pt", padding=True)).logits.softmax(dim=1)
+    for row, shown in zip(theirs, expected, strict=True):
+        assert row[0].item() == pytest.approx(shown["business"], abs=1e-3)
+    assert command(folder, "--export", tmp_path / "merged")[0] == EXIT_BAD_INPUT, "an export overwrote another"
+
+
+def test_an_adapter_that_peft_wrote(command, tiny_checkpoint, tiny_config, tmp_path):
+    torch.manual_seed(3)
+    base = transformers.RobertaForSequenceClassification.from_pretrained(tiny_checkpoint, num_labels=2)
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["query", "value"], init_lora_weights=False)
+    model = peft.get_peft_model(base, config).eval()
+    model.save_pretrained(tmp_path / "theirs")
+    texts = [text for _, text in tiny_rows(6, seed=5)]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_checkpoint)
+    with torch.no_grad():
+        expected = model(**tokenizer(texts, return_tensors="pt", padding=True)).logits.softmax(dim=1)
+
+    code, out, err = command(tmp_path / "theirs", "--base", tiny_checkpoint, "--text", *texts)
+    assert code == 0, err
+    for row, line in zip(expected, out.splitlines()[-6:], strict=True):
+        assert row[0].item() == pytest.approx(probabilities(line)["LABEL_0"], abs=1e-3)
+    code, out, _ = command(tmp_path / "theirs", "--base", tiny_checkpoint, "--config", tiny_config)
+    assert code == 0 and "test accuracy" in out
+    code, _, err = command(tmp_path / "theirs", "--base", tiny_checkpoint)
+    assert code == EXIT_BAD_INPUT and "--config" in err
+
+
+def test_a_partly_trained_head_scores_the_same_again(command, tiny_config, tiny_data, capsys):
+    train(parse_command_line([str(tiny_config), "--lora.modules-to-save", "classifier.out_proj"]))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("test accuracy"))
+    assert line in command(tiny_data / "run")[1].splitlines()
+
+
+def test_a_head_that_is_nowhere_is_an_error_not_a_random_one(command, tiny_checkpoint, tmp_path, capsys):
+    base = transformers.RobertaModel.from_pretrained(tiny_checkpoint)
+    wrapped = torch.nn.Module()
+    wrapped.roberta = base
+    model = peft.get_peft_model(wrapped, peft.LoraConfig(r=2, target_modules=["query"]))
+    model.save_pretrained(tmp_path / "headless")
+    capsys.readouterr()  # transformers' own progress bar
+    code, _, err = command(tmp_path / "headless", "--base", tiny_checkpoint, "--text", "oil price")
+    assert code == EXIT_BAD_INPUT and "classifier.out_proj.weight" in err and err.count("\n") == 1
+
+
+def test_what_can_not_be_used_is_one_line(command, finished, tmp_path):
+    folder, _ = finished
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "gap.txt").write_text("oil price\n\nthe cup\n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "nothing").mkdir()
+    for arguments, says in [
+        ([tmp_path / "nothing"], "neither a run folder"),
+        ([tmp_path / "missing"], "neither a run folder"),
+        ([folder, "--text", " "], "--text number 1: the text is empty"),
+        ([folder, "--file", tmp_path / "empty.txt"], "empty.txt: is empty"),
+        ([folder, "--file", tmp_path / "gap.txt"], "gap.txt, line 2: the text is empty"),
+        ([folder, "--file", tmp_path / "latin.txt"], "latin.txt: not UTF-8 at byte 3"),
+        ([folder, "--file", tmp_path / "none.txt"], "none.txt: can't be read"),
+        ([folder, "--base", "nothing-here"], "nothing-here"),
+        ([folder, "--txet", "x"], "--txet"),
+    ]:
+        code, _, err = command(*arguments)
+        assert code == EXIT_BAD_INPUT and says in err and err.count("\n") == 1, (arguments, err)
+
+
+def test_a_broken_adapter_is_one_line(command, finished):
+    folder, _ = finished
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    code, _, err = command(folder)
+    assert code == EXIT_BAD_INPUT and "adapter_model.safetensors: not a whole safetensors file" in err
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"})[:-3])
+    code, _, err = command(folder)
+    assert code == EXIT_BAD_INPUT and err.count("\n") == 1
