@@ -114,6 +114,7 @@ def load_trained(arguments: Arguments) -> Trained:
     model.to(compute.device).eval()
     max_length = config.data.max_length if config else min(DataConfig().max_length, model_config.max_length)
     tokenizer = TextTokenizer.from_directory(checkpoint.directory, max_length)
+    tokenizer.check_fits(model_config, checkpoint.directory)
     return Trained(model, tokenizer, labels, config, compute)
 
 

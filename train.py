@@ -9,6 +9,7 @@ accumulation add to it), then `train` from top to bottom.
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 import signal
 import sys
@@ -168,6 +169,7 @@ def train(config: RunConfig) -> int:
             f"{model_config.max_length} tokens; lower it"
         )
     tokenizer = TextTokenizer.from_directory(checkpoint.directory, config.data.max_length)
+    tokenizer.check_fits(model_config, checkpoint.directory)
 
     # --- text to ids ----------------------------------------------------------------------------------------------
     splits = {
@@ -246,23 +248,24 @@ def train(config: RunConfig) -> int:
     try:
         for epoch in range(1, settings.epochs + 1):
             progress.resume_clock()
-            waiting: list[Tensor] = []  # losses not yet read from the device
+            waiting: list[tuple[float, Tensor]] = []  # learning rates and losses, these not yet read from the device
             tokens = 0
             epoch_loss, epoch_steps = 0.0, 0
             for group in groups_of(batches_of_epoch(epoch), settings.accumulation_steps):
                 learning_rate = schedule.get_last_lr()[0]
-                waiting.append(train_step(model, group, optimizer, schedule, scaler, compute, settings.max_grad_norm))
+                loss = train_step(model, group, optimizer, schedule, scaler, compute, settings.max_grad_norm)
+                waiting.append((learning_rate, loss))
                 tokens += sum(batch.tokens for batch in group)
                 step += 1
                 last_of_epoch = step % steps_per_epoch == 0
                 if step % settings.log_every == 0 or last_of_epoch or interrupted:
-                    losses = torch.stack(waiting).tolist()  # the one place where the host waits for the device
+                    losses = torch.stack([loss for _, loss in waiting]).tolist()  # here the host waits for the device
                     for back, loss in enumerate(losses):
-                        if not np.isfinite(loss):
+                        if not math.isfinite(loss):
                             raise ConfigError(
                                 f"the loss is {loss} at step {step - len(losses) + 1 + back} (learning rate "
-                                f"{learning_rate:.2e}); lower train.learning_rate. The last good adapter "
-                                + (f"is in {folder.adapter}" if best else "was not reached yet")
+                                f"{waiting[back][0]:.2e}); lower train.learning_rate; "
+                                + (f"the last good adapter is in {folder.adapter}" if best else "nothing was saved yet")
                             )
                     mean_loss = sum(losses) / len(losses)
                     epoch_loss, epoch_steps = epoch_loss + sum(losses), epoch_steps + len(losses)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from lora.config import LoRAConfig, LoRAError
@@ -98,13 +98,8 @@ def save_adapter(
     for ours, theirs in _FIELDS.items():
         value = getattr(config, ours)
         fields[theirs] = list(value) if isinstance(value, tuple) else dict(value) if "pattern" in ours else value
-    part = directory / f"{WEIGHTS_NAME}.part"
-    try:
-        save_file(tensors, str(part), metadata={"format": "pt"})
-        _write_whole(directory / CONFIG_NAME, json.dumps(fields, indent=2, sort_keys=True) + "\n")
-        part.replace(directory / WEIGHTS_NAME)
-    finally:
-        part.unlink(missing_ok=True)
+    _write_whole(directory / WEIGHTS_NAME, save(tensors, metadata={"format": "pt"}))
+    _write_whole(directory / CONFIG_NAME, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
 
 
 def load_adapter(model: nn.Module, directory: str | Path) -> LoRAConfig:
@@ -263,12 +258,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """Write a small text file so that it is either the old one or the whole new one."""
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is either the old one or the whole new one; an OSError names it."""
     part = path.with_name(f"{path.name}.part")
     try:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(content)
         part.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         part.unlink(missing_ok=True)
 

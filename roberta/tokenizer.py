@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from roberta.config import CheckpointError
+from roberta.config import CheckpointError, RobertaConfig
 
 # As transformers 5 reads these files; 4 also let <mask> swallow the space before it, as tokenizer.json files may say.
 _ROBERTA_SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
@@ -78,6 +78,19 @@ class TextTokenizer:
         """Changes whenever the ids of some text could: a hash of vocabulary, rules and truncation."""
         return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
 
+    def check_fits(self, config: RobertaConfig, where: str | Path) -> None:
+        """Raise CheckpointError, naming `where` it came from, unless every id has a row of the embedding table."""
+        if self.vocab_size > config.vocab_size:
+            raise CheckpointError(
+                f"{where}: the tokenizer has ids up to {self.vocab_size - 1}, the model rows for {config.vocab_size}; "
+                "they are of different checkpoints"
+            )
+        if self.pad_token_id != config.pad_token_id:
+            raise CheckpointError(
+                f"{where}: padding is id {self.pad_token_id} to the tokenizer and {config.pad_token_id} to the model; "
+                "they are of different checkpoints"
+            )
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text with its special tokens, at most `max_length`; no padding."""
         return self.encode_batch_with_cuts(texts)[0]
@@ -92,7 +105,7 @@ class TextTokenizer:
         directory = Path(directory)
         plain = Tokenizer.from_str(self._tokenizer.to_str())
         plain.no_truncation()
-        plain.save(str(directory / "tokenizer.json"))
+        (directory / "tokenizer.json").write_text(plain.to_str(pretty=True), encoding="utf-8")
         vocabulary = plain.get_vocab(with_added_tokens=True)
         roles = {
             role: next(token for token in names if token in vocabulary)

@@ -17,6 +17,7 @@ So the hidden states of all real tokens are the same numbers (tests/parity/test_
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -124,6 +125,8 @@ def save_checkpoint(
     try:
         save_file(tensors, str(part), metadata={"format": "pt"})
         part.replace(directory / WEIGHTS_NAME)
+    except SafetensorError as error:  # the library's own error, also for a full disk
+        raise OSError(errno.EIO, str(error), str(directory / WEIGHTS_NAME)) from None
     finally:
         part.unlink(missing_ok=True)
     (directory / CONFIG_NAME).write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import train as train_module
 from lora.adapter import load_adapter
+from roberta.tokenizer import TextTokenizer
+from tests.conftest import tiny_tokenizer
 from train import groups_of, make_optimizer, train
 from training.command_line import EXIT_BAD_INPUT, EXIT_INTERRUPTED, run_command
 from training.config import parse_command_line, read_config
@@ -218,7 +221,39 @@ def test_a_full_disk_is_one_line(run, tiny_config, monkeypatch):
         raise OSError(28, "No space left on device", "adapter_model.safetensors")
 
     monkeypatch.setattr(train_module, "save_adapter", full)
-    assert "the disk is full" in refused(run, tiny_config, "--train.epochs", 1)
+    assert "adapter_model.safetensors: can't be written, the disk is full" in refused(run, tiny_config)
+
+
+def test_a_real_full_disk_is_one_line_and_leaves_no_half_file(run, tiny_config, tiny_data, monkeypatch):
+    """No file of the run may grow beyond 5 kB, as on a full disk: the adapter does not fit, the settings do."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    real = train_module.save_adapter
+
+    def limited(*arguments, **options):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+        try:
+            real(*arguments, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    monkeypatch.setattr(train_module, "save_adapter", limited)
+    assert "adapter_model.safetensors: can't be written, File too large" in refused(run, tiny_config)
+    assert list((tiny_data / "run" / "adapter").iterdir()) == []
+
+
+def test_a_run_folder_that_can_not_be_made_is_one_line(run, tiny_config, tiny_data):
+    (tiny_data / "file").write_text("")
+    assert "can't be written" in refused(run, tiny_config, "--output", tiny_data / "file" / "run")
+
+
+def test_a_tokenizer_of_another_checkpoint_is_named_before_training(run, tiny_config, tiny_checkpoint, tmp_path):
+    for path in tiny_checkpoint.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["one", "more"])
+    TextTokenizer(tokenizer, 32).save(tmp_path)
+    assert "ids up to 25, the model rows for 24" in refused(run, tiny_config, "--model.checkpoint", tmp_path)
 
 
 def test_new_head_partly_trained_is_found_again(run, tiny_config, tiny_data):

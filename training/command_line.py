@@ -26,8 +26,6 @@ Options = TypeVar("Options")
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
-_DISK = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EROFS: "it is read-only"}
-
 
 def run_command(command: Callable[[], int]) -> int:
     """Run `command`; turn the user's errors into one line on stderr and exit code 2."""
@@ -36,10 +34,10 @@ def run_command(command: Callable[[], int]) -> int:
     except (ConfigError, DataError, LoRAError, CheckpointError) as error:
         message = str(error)
     except OSError as error:
-        if error.errno not in (*_DISK, errno.EACCES):
-            raise
-        reason = _DISK.get(error.errno or 0, "permission denied")
-        message = f"{error.filename or 'output'}: can't be written, {reason}; free space or choose another folder"
+        # Files that are read have errors of their own, above; what is left is a place that can't be written.
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        reason = "the disk is full; free space" if full else f"{error.strerror or error}; mend that"
+        message = f"{error.filename or 'a file of the run'}: can't be written, {reason} or choose another folder"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -61,7 +61,7 @@ def test_the_largest_rank_fits_and_the_next_does_not(size, head, targets):
 
 
 def test_command_prints_the_reference_figures(capsys):
-    assert main("roberta-base --rank 6 --targets query key value --labels 4".split()) == 0
+    assert main(["roberta-base", "--rank", "6", "--targets", "query", "key", "value", "--labels", "4"]) == 0
     out = capsys.readouterr().out
     assert "925,444" in out and "331,776 in the adapters + 593,668 in the head" in out
     assert main(["--budget", "1000000"]) == 0

@@ -53,7 +53,9 @@ def test_prefix_is_optional_and_pretraining_parts_are_left_out(folder):
     before = load_checkpoint(folder)
 
     def encoder_alone(weights):
-        encoder = {name.removeprefix("roberta."): t for name, t in weights.items() if not name.startswith("classifier.")}
+        encoder = {
+            name.removeprefix("roberta."): t for name, t in weights.items() if not name.startswith("classifier.")
+        }
         extra = ("lm_head.dense.weight", "lm_head.bias", "pooler.dense.weight", "embeddings.position_ids")
         return encoder | {name: torch.zeros(3) for name in extra}
 
