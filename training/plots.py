@@ -64,7 +64,7 @@ def _loss(axes: Axes, steps: list[dict[str, Any]], validations: list[dict[str, A
     axes.grid(alpha=0.2)
 
 
-def _smoothed(values: np.ndarray, weight: float = 0.85) -> np.ndarray:
+def _smoothed(values: np.ndarray, weight: float = 0.6) -> np.ndarray:
     """Exponential moving average, corrected for its start (Kingma & Ba 2014, section 3)."""
     smooth, mean = np.empty(len(values)), 0.0
     for i, value in enumerate(values):
