@@ -6,6 +6,7 @@ matched are `lora.targets`, files are `lora.adapter`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -54,6 +55,13 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
 def _targeted_linears(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Linear]:
     """The layers that `config` means, by name, in the model's order."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    layers = config.layers_to_transform
+    present = {layer_index(name) for name in linears} - {None}
+    absent = sorted(set(layers or ()) - present)
+    if absent:
+        have = f"layers {min(present)} to {max(present)}" if present else "no numbered layers"
+        raise LoRAError(f"lora: layers_to_transform: no layer {', '.join(map(str, absent))}; the model has {have}")
+
     # A module that is trained in full needs no update beside it, so its layers are never targets (peft's rule).
     kept_whole = tuple(_modules_to_save(model, config))
     candidates = {
@@ -61,35 +69,21 @@ def _targeted_linears(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Line
         for name, module in model.named_modules()
         if name and not any(name == whole or name.startswith(f"{whole}.") for whole in kept_whole)
     }
-    single = [config.target_modules] if isinstance(config.target_modules, str) else [[t] for t in config.target_modules]
-    wanted_layers = config.layers_to_transform
+    # A regular expression is one target; names are looked up one by one, so that each can be found missing.
+    one_regex = isinstance(config.target_modules, str)
     found: set[str] = set()
-    for target in single:
-        hits = [name for name in candidates if matches(target, name)]
-        if wanted_layers is not None:
-            hits = [name for name in hits if layer_index(name) in wanted_layers]
-        shown = target if isinstance(target, str) else target[0]
+    for target in [config.target_modules] if one_regex else config.target_modules:
+        hits = [name for name in candidates if matches(target if one_regex else [target], name)]
+        hits = [name for name in hits if layers is None or layer_index(name) in layers]
         if not hits:
-            where = "" if wanted_layers is None else f" in layers {', '.join(map(str, wanted_layers))}"
-            raise LoRAError(
-                f"lora: target_modules: {shown!r} matches no linear layer{where}; there are {_short_names(linears)}"
-            )
+            raise LoRAError(f"lora: target_modules: {target!r} matches no linear layer; there are {_endings(linears)}")
         for name in hits:
             if name not in linears:
-                kind = type(candidates[name]).__name__
                 raise LoRAError(
-                    f"lora: target_modules: {shown!r} matches {name}, a {kind}; LoRA here wraps nn.Linear: "
-                    f"{_short_names(linears)}"
+                    f"lora: target_modules: {target!r} matches {name}, a {type(candidates[name]).__name__}; "
+                    f"LoRA here wraps nn.Linear: {_endings(linears)}"
                 )
         found.update(hits)
-    if wanted_layers is not None:
-        present = {layer_index(name) for name in linears} - {None}
-        absent = sorted(set(wanted_layers) - present)
-        if absent:
-            raise LoRAError(
-                f"lora: layers_to_transform: no layer {', '.join(map(str, absent))}; "
-                f"the model has layers {min(present)} to {max(present)}"
-            )
     return {name: linear for name, linear in linears.items() if name in found}
 
 
@@ -105,16 +99,16 @@ def _modules_to_save(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Modul
     return chosen
 
 
-def _short_names(linears: dict[str, nn.Linear]) -> str:
-    """The distinct endings of the linear layers' names, without layer numbers, for error messages."""
-    return ", ".join(
-        dict.fromkeys(name.split(".", index + 1)[-1] for name in linears for index in [_last_number(name)])
-    )
+def _endings(names: Iterable[str]) -> str:
+    """The distinct names without what leads up to the layer number, for error messages."""
+    return ", ".join(dict.fromkeys(_within_layer(name) for name in names))
 
 
-def _last_number(name: str) -> int:
-    """Position of the last number in a dotted path, -1 if there is none."""
-    return max((index for index, part in enumerate(name.split(".")) if part.isdigit()), default=-1)
+def _within_layer(name: str) -> str:
+    """A module's name after the last number in its path: "encoder.layer.3.output.dense" -> "output.dense"."""
+    parts = name.split(".")
+    numbers = [index for index, part in enumerate(parts[:-1]) if part.isdigit()]
+    return ".".join(parts[numbers[-1] + 1 :]) if numbers else name
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -195,8 +189,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     for name, parameter in model.named_parameters():  # names a shared tensor once
         module_name, _, own_name = name.rpartition(".")
         if own_name in ("lora_A", "lora_B"):
-            short = module_name.split(".", _last_number(module_name) + 1)[-1]
-            part = f"LoRA on {short}"
+            part = f"LoRA on {_within_layer(module_name)}"
         else:
             part = ".".join(name.split(".")[:2]) if name.count(".") > 1 else name.split(".")[0]
         trainable, total = parts.get(part, (0, 0))

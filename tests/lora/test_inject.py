@@ -100,7 +100,7 @@ def test_adapters_change_the_output_of_packed_blocks_too():
         ({"target_modules": ("classifier.dense",)}, "'classifier.dense' matches no linear layer"),
         ({"modules_to_save": ("head",)}, "'head' matches no module; the model's parts are roberta, classifier"),
         ({"layers_to_transform": (1, 7)}, "no layer 7; the model has layers 0 to 2"),
-        ({"layers_to_transform": (7,)}, "in layers 7"),
+        ({"layers_to_transform": (7,)}, "no layer 7"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_anything_changes(fields, says):
