@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ _WITHOUT_EFFECT = {
     "qalora_group_size",
 }
 _WRAPPER_PARTS = (".original_module.", ".modules_to_save.")
-# peft adds both names for every classifier; a model has the one or the other.
+# peft adds both names to modules_to_save for every classifier; a model has the one or the other.
 _HEAD_NAMES = ("classifier", "score")
 
 
@@ -123,6 +124,13 @@ def load_adapter(model: nn.Module, directory: str | Path) -> LoRAConfig:
         with safe_open(str(path), framework="pt") as file:
             # With bias="all" peft writes the biases of modules trained in full twice more, under its wrapper's names.
             held = {key for key in file.keys() if not any(part in key for part in _WRAPPER_PARTS)}
+            lost = {key for key in set(wanted) - held if key.endswith(".base_layer.bias")}
+            if config.bias == "lora_only" and lost == {key for key in wanted if key.endswith(".base_layer.bias")}:
+                # Early peft versions (0.10 among them) train these biases and then forget to save them.
+                warnings.warn(
+                    f"{path}: holds none of the biases that were trained; the base model's are used", stacklevel=2
+                )
+                wanted = {key: name for key, name in wanted.items() if key not in lost}
             _refuse(
                 path, "lacks", set(wanted) - held, "the adapter is not whole; save it again with its head and biases"
             )
@@ -181,7 +189,10 @@ def read_adapter_config(directory: str | Path, model: nn.Module | None = None) -
         values[ours] = tuple(value) if isinstance(value, list) else value
     if "target_modules" not in values:
         raise LoRAError(f"{path}: target_modules is missing; name the layers that the adapter belongs to")
-    values["modules_to_save"] = tuple(dict.fromkeys(values.get("modules_to_save", ())))
+    saved = values.get("modules_to_save", ())
+    if raw.get("task_type") == "SEQ_CLS":  # peft trains and saves the head of every classifier; 0.10 does not say so
+        saved = (*saved, *_HEAD_NAMES)
+    values["modules_to_save"] = tuple(dict.fromkeys(saved))
     if model is not None:
         parts = {name.rpartition(".")[2] for name, _ in model.named_modules()}
         values["modules_to_save"] = tuple(

@@ -102,7 +102,9 @@ def saved(tmp_path):
     return our_copy(reference_model(), tmp_path / "again", torch.float32), tmp_path / "adapter"
 
 
-@pytest.mark.parametrize("lost", ["classifier.out_proj.weight", "0.attention.self.query.lora_A", "base_layer.bias"])
+@pytest.mark.parametrize(
+    "lost", ["classifier.out_proj.weight", "0.attention.self.query.lora_A", "0.attention.self.key.base_layer.bias"]
+)
 def test_a_missing_tensor_is_an_error_that_names_it(saved, lost):
     model, folder = saved
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -207,7 +209,7 @@ PEFT_0_10 = {
     "lora_dropout": 0.0,
     "megatron_config": None,
     "megatron_core": "megatron.core",
-    "modules_to_save": ["classifier", "score"],
+    "modules_to_save": None,  # although the head is in the file
     "peft_type": "LORA",
     "r": 2,
     "rank_pattern": {},
@@ -227,6 +229,14 @@ def test_settings_of_peft_0_10_load(saved):
     (folder / "adapter_config.json").write_text(json.dumps(PEFT_0_10))
     loaded = load_adapter(model, folder)
     assert (loaded.rank, loaded.alpha, loaded.modules_to_save) == (2, 14, ("classifier",))
+
+
+def test_biases_that_peft_0_10_forgets_to_save_are_told(saved):
+    model, folder = saved
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({key: t for key, t in tensors.items() if "base_layer" not in key}, folder / "adapter_model.safetensors")
+    with pytest.warns(UserWarning, match="holds none of the biases that were trained"):
+        load_adapter(model, folder)
 
 
 def test_a_partly_trained_new_head_is_saved_whole(tmp_path):
