@@ -38,6 +38,10 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 BASE_WIDTH = SMALL | {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
 
 
+measured: list[tuple[float, float]] = []
+"""(deviation, tolerance) of every comparison in the running test; conftest.py collects them for its table."""
+
+
 def deviation(ours: Tensor, theirs: Tensor) -> float:
     """max |ours - theirs| / max |theirs|."""
     assert ours.shape == theirs.shape, f"{tuple(ours.shape)} against {tuple(theirs.shape)}"
@@ -48,6 +52,7 @@ def deviation(ours: Tensor, theirs: Tensor) -> float:
 def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-10, what: str = "") -> None:
     """Fail if the relative deviation exceeds `tolerance`, and say by how much."""
     found = deviation(ours.detach(), theirs.detach())
+    measured.append((found, tolerance))
     assert found <= tolerance, f"{what}: relative deviation {found:.2e}, allowed {tolerance:.0e}"
 
 

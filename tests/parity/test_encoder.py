@@ -80,6 +80,40 @@ def test_logits_for_any_shape(heads, head, intermediate, layers, lengths, pad, l
         assert_close(ours(**inputs), reference.double()(**inputs).logits, what=str(sizes))
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_dropout_draws_the_same_masks_in_the_same_places(tmp_path, attention):
+    # Three different probabilities, so that none can stand for another; one seed draws the same masks on both sides.
+    reference = reference_model(
+        attention=attention, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.4, classifier_dropout=0.6
+    )
+    ours, theirs = our_copy(reference, tmp_path).train(), reference.double().train()
+    batch = ragged_batch(RAGGED)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    real = mask.bool()
+    torch.manual_seed(3)
+    hidden_states = ours.roberta(ids, mask)  # all tokens: the last layer on <s> alone draws fewer numbers
+    torch.manual_seed(3)
+    expected = theirs.roberta(input_ids=ids, attention_mask=mask).last_hidden_state
+    assert_close(hidden_states[real], expected[real], what="hidden states")
+    torch.manual_seed(4)
+    logits = ours.classifier(expected[:, 0])
+    torch.manual_seed(4)
+    assert_close(logits, theirs.classifier(expected), what="logits")
+
+    ours.eval(), theirs.eval()
+    assert_close(ours(ids, mask), theirs(input_ids=ids, attention_mask=mask).logits, what="logits without dropout")
+
+
+def test_positions_count_real_tokens_wherever_the_padding_is(tmp_path):
+    reference = reference_model()
+    ours, theirs = our_copy(reference, tmp_path), reference.double()
+    batch = ragged_batch(RAGGED)
+    ids, mask = batch["input_ids"].flip(1), batch["attention_mask"].flip(1)  # padding on the left
+    with torch.no_grad():
+        expected = theirs.roberta(input_ids=ids, attention_mask=mask).last_hidden_state
+        assert_close(ours.roberta(ids, mask)[mask.bool()], expected[mask.bool()], what="hidden states")
+
+
 def test_last_layer_on_the_first_token_alone_gives_the_same_vector(tmp_path):
     ours, _ = adapted_pair(tmp_path, CONFIGS["every matrix"])
     batch = ragged_batch(RAGGED)
