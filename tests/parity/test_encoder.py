@@ -13,6 +13,7 @@ from tests.parity.oracle import (
     BASE_WIDTH,
     adapted_pair,
     assert_close,
+    deviation,
     our_copy,
     our_name,
     ragged_batch,
@@ -102,6 +103,22 @@ def test_dropout_draws_the_same_masks_in_the_same_places(tmp_path, attention):
 
     ours.eval(), theirs.eval()
     assert_close(ours(ids, mask), theirs(input_ids=ids, attention_mask=mask).logits, what="logits without dropout")
+
+
+def test_dropout_of_adapters_draws_the_same_masks_in_the_same_places(tmp_path):
+    # One block of the packed projection: several share one mask here and draw one each in peft.
+    targets = ("value", "attention.output.dense", "intermediate.dense", "output.dense")
+    ours, theirs = adapted_pair(tmp_path, LoRAConfig(rank=3, dropout=0.4, target_modules=targets))
+    ours.train(), theirs.train()
+    batch = ragged_batch(RAGGED)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    torch.manual_seed(5)
+    hidden_states = ours.roberta(ids, mask)
+    torch.manual_seed(5)
+    expected = theirs.base_model.model.roberta(input_ids=ids, attention_mask=mask).last_hidden_state
+    assert_close(hidden_states[mask.bool()], expected[mask.bool()], what="hidden states")
+    ours.eval()
+    assert deviation(ours.roberta(ids, mask)[mask.bool()], expected[mask.bool()]) > 1e-3, "nothing was dropped"
 
 
 def test_positions_count_real_tokens_wherever_the_padding_is(tmp_path):
