@@ -100,7 +100,8 @@ def save_adapter(
         value = getattr(config, ours)
         fields[theirs] = list(value) if isinstance(value, tuple) else dict(value) if "pattern" in ours else value
     _write_whole(directory / WEIGHTS_NAME, save(tensors, metadata={"format": "pt"}))
-    _write_whole(directory / CONFIG_NAME, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
+    # Sorted by name, but not within the patterns: the first that matches counts, so their order is part of the meaning.
+    _write_whole(directory / CONFIG_NAME, (json.dumps(dict(sorted(fields.items())), indent=2) + "\n").encode())
 
 
 def load_adapter(model: nn.Module, directory: str | Path) -> LoRAConfig:

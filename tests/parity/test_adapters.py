@@ -93,6 +93,22 @@ def test_files_hold_the_same_keys_and_settings_as_pefts(tmp_path, config):
         assert same, f"{field}: {value} against {reference[field]}"
 
 
+def test_the_order_of_overlapping_patterns_survives(tmp_path):
+    """The first pattern that matches counts. peft sorts them when it saves, and so changes such an adapter itself."""
+    overlapping = {"output.dense": 2, "attention.output.dense": 20}
+    config = LoRAConfig(
+        rank=4, target_modules=("query", "output.dense"), rank_pattern=overlapping, alpha_pattern=overlapping
+    )
+    ours, theirs = adapted_pair(tmp_path / "base", config, dtype=torch.float32)
+    assert_close(ours_logits(ours), peft_logits(theirs), 1e-5, "logits in memory")
+    save_adapter(ours, config, tmp_path / "adapter", task_type="SEQ_CLS")
+    again = our_copy(reference_model(), tmp_path / "again", torch.float32)
+    load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(ours_logits(again), ours_logits(ours))
+    opened = peft.PeftModel.from_pretrained(reference_model(), tmp_path / "adapter")
+    assert_close(peft_logits(opened), ours_logits(ours), 1e-5, "logits that peft gives")
+
+
 @pytest.fixture
 def saved(tmp_path):
     """A base model and an adapter folder on disk, written by us."""
