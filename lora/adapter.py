@@ -27,7 +27,7 @@ from torch import nn
 from lora.config import LoRAConfig, LoRAError
 from lora.inject import inject_lora, lora_layers
 from lora.linear import LoRALinear
-from lora.targets import layer_index, matches, pattern_value
+from lora.targets import matches, pattern_value
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -212,9 +212,9 @@ def _refuse_other_adapters(layers: dict[str, LoRALinear], config: LoRAConfig, di
     for name, layer in layers.items():
         rank = pattern_value(config.rank_pattern, name, config.rank)
         alpha = pattern_value(config.alpha_pattern, name, config.alpha)
-        chosen = config.layers_to_transform is None or layer_index(name) in config.layers_to_transform
+        chosen = matches(config.target_modules, name, config.layers_to_transform)
         wanted = LoRALinear.scaling_of(rank, alpha, config.use_rslora)
-        if not (matches(config.target_modules, name) and chosen and (layer.rank, layer.scaling) == (rank, wanted)):
+        if not (chosen and (layer.rank, layer.scaling) == (rank, wanted)):
             raise LoRAError(f"{directory}: other settings than those of the model's adapter on {name}; load it afresh")
 
 

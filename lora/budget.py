@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora.targets import layer_index, matches
+from lora.targets import matches
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,7 @@ def adapter_parameters(
         if not any(matches([target], name) for name in matrices):
             endings = ", ".join(name.split(".", 4)[4].removeprefix("attention.self.") for name in list(matrices)[:6])
             raise ValueError(f"target {target!r} matches no linear layer; there are {endings}")
-    targeted = {
-        name: size
-        for name, size in matrices.items()
-        if matches(targets, name) and (layers is None or layer_index(name) in layers)
-    }
+    targeted = {name: size for name, size in matrices.items() if matches(targets, name, layers)}
     total = sum(rank * (inputs + outputs) for inputs, outputs in targeted.values())
     if bias == "lora_only":
         total += sum(outputs for _, outputs in targeted.values())

@@ -73,8 +73,7 @@ def _targeted_linears(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Line
     one_regex = isinstance(config.target_modules, str)
     found: set[str] = set()
     for target in [config.target_modules] if one_regex else config.target_modules:
-        hits = [name for name in candidates if matches(target if one_regex else [target], name)]
-        hits = [name for name in hits if layers is None or layer_index(name) in layers]
+        hits = [name for name in candidates if matches(target if one_regex else [target], name, layers)]
         if not hits:
             raise LoRAError(f"lora: target_modules: {target!r} matches no linear layer; there are {_endings(linears)}")
         for name in hits:

@@ -13,16 +13,19 @@ from typing import TypeVar
 Value = TypeVar("Value")
 
 
-def matches(targets: str | Collection[str], name: str) -> bool:
-    """Whether `name` is meant by `targets`.
+def matches(targets: str | Collection[str], name: str, layers: Collection[int] | None = None) -> bool:
+    """Whether `name` is meant by `targets`, in one of `layers` (None: in any).
 
     A string is a regular expression that must match the whole name. A collection means: the name is one of them, or
     ends in "." and one of them. So `output.dense` means both `layer.0.output.dense` and
-    `layer.0.attention.output.dense`, while `attention.output.dense` means the second only.
+    `layer.0.attention.output.dense`, while `attention.output.dense` means the second only. `layers` narrow the ends
+    of names down; a regular expression or a whole name says by itself which layer it means.
     """
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in targets)
+    if name in targets:
+        return True
+    return any(name.endswith(f".{target}") for target in targets) and (layers is None or layer_index(name) in layers)
 
 
 def layer_index(name: str) -> int | None:

@@ -73,6 +73,13 @@ def test_layers_ranks_and_alphas_by_pattern():
     }
 
 
+def test_a_whole_name_needs_no_layer_number():
+    whole = "roberta.encoder.layer.2.output.dense"
+    model = inject_lora(roberta(), LoRAConfig(rank=2, target_modules=("query", whole), layers_to_transform=(0,)))
+    adapted = {name for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    assert adapted == {"roberta.encoder.layer.0.attention.self.query", whole}
+
+
 def test_a_bias_of_one_packed_block_is_trained_alone():
     model = inject_lora(roberta(1), LoRAConfig(rank=2, bias="lora_only", target_modules=("query",)))
     assert {name for name in trained(model) if "self" in name and "bias" in name} == {

@@ -20,6 +20,7 @@ PATH = "roberta.encoder.layer.11.attention.output.dense"
         ([], PATH, False),
         (r".*\.dense", PATH, True),
         (r"dense", PATH, False),  # an expression must match the whole name
+        (r".*attention\.output", PATH, False),
         (r".*layer\.(3|11)\..*", PATH, True),
         (r".*layer\.1\..*", PATH, False),
     ],

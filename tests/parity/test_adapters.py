@@ -208,6 +208,13 @@ def test_every_default_of_the_installed_peft_is_accepted(tmp_path):
     assert read_adapter_config(tmp_path).rank == 2
 
 
+@pytest.mark.parametrize(("written", "read"), [(1, (1,)), ([0, 1], (0, 1)), ([], None), (None, None)])
+def test_layers_to_transform_as_peft_writes_them(saved, written, read):
+    model, folder = saved
+    edit(folder, layers_to_transform=written)
+    assert read_adapter_config(folder, model).layers_to_transform == read
+
+
 # The fields that peft 0.10 writes, with the values of its defaults.
 PEFT_0_10 = {
     "alpha_pattern": {},

@@ -1,5 +1,7 @@
 """A BERT checkpoint in our encoder gives BertModel's hidden states."""
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
@@ -7,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from data.assets import fetch_checkpoint
 from data.errors import DataError
+from roberta.config import RobertaConfig
 from roberta.weights import load_checkpoint
 from tests.parity.oracle import assert_close, ragged_batch
 
@@ -38,6 +41,16 @@ def small_bert(tmp_path):
             parameter.add_(torch.randn_like(parameter) * 0.2)
     model.save_pretrained(tmp_path)
     return tmp_path
+
+
+@pytest.mark.parametrize("kind", [transformers.BertConfig, transformers.RobertaConfig])
+def test_fields_that_a_file_leaves_out_have_the_values_of_transformers(kind):
+    ours, theirs = RobertaConfig.from_dict({"model_type": kind.model_type}), kind()
+    translated = {"max_position_embeddings": 512 + 1, "type_vocab_size": 1} if kind is transformers.BertConfig else {}
+    for field in dataclasses.fields(ours):
+        if field.name != "label_names":
+            expected = translated.get(field.name, getattr(theirs, field.name))
+            assert getattr(ours, field.name) == expected, field.name
 
 
 def test_a_small_bert_in_float64(small_bert):

@@ -1,6 +1,7 @@
 """Merged weights equal peft's, the merged model gives the same answers, unmerging restores the bits."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -66,10 +67,13 @@ def test_exported_model_opens_in_transformers(tmp_path):
     with pytest.raises(ValueError, match="carries adapters"):
         save_checkpoint(copy.deepcopy(ours), tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
+    ours.config = dataclasses.replace(ours.config, label_names=("World", "Sports", "Business"))
     save_checkpoint(unload_lora(ours), tmp_path / "merged")
     opened, report = transformers.RobertaForSequenceClassification.from_pretrained(
         tmp_path / "merged", output_loading_info=True
     )
     assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert opened.config.id2label == {0: "World", 1: "Sports", 2: "Business"}
+    assert opened.config.label2id == {"World": 0, "Sports": 1, "Business": 2}
     logits = opened.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     assert_close(logits, before, 1e-5, "logits")

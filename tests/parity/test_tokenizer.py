@@ -89,6 +89,7 @@ def test_saved_tokenizer_opens_in_transformers(real_vocabulary, tmp_path):
     TextTokenizer.from_directory(folder, 128).save(tmp_path)
     opened = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert their_ids(opened, HOSTILE, 128) == their_ids(theirs, HOSTILE, 128)
+    assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).truncation is None  # whoever reads it chooses a length
     again = TextTokenizer.from_directory(tmp_path, 128)
     assert again.encode_batch(HOSTILE) == their_ids(theirs, HOSTILE, 128)
 
@@ -121,3 +122,16 @@ def test_word_pieces(word_pieces, tmp_path):
     assert ours.encode_batch(texts) == [
         theirs(t, truncation=True, max_length=6, padding=False)["input_ids"] for t in texts
     ]
+
+
+def test_saved_word_pieces_beside_a_roberta_model_open_in_transformers(word_pieces, tmp_path):
+    """A BERT checkpoint is exported as a RoBERTa model; its vocabulary must not be taken for RoBERTa's."""
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "roberta"}')
+    ours = TextTokenizer.from_directory(word_pieces, 6)
+    ours.save(folder)
+    opened = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = ["Oil prices rise", "[SEP] a [MASK]", "", "zebra, unrise oil oil oil"]
+    assert their_ids(opened, texts, None) == ours.encode_batch(texts)  # None: the length that the folder names
+    assert (opened.pad_token, opened.cls_token, opened.sep_token) == ("[PAD]", "[CLS]", "[SEP]")
