@@ -160,7 +160,8 @@ class ParameterCount:
     """Parameters of a model, each tensor counted once.
 
     peft's `get_nb_trainable_parameters()` gives the same `trainable`; its total is larger by the size of the modules
-    in `modules_to_save`, as it keeps a frozen original beside each trained copy.
+    in `modules_to_save`, as it keeps a frozen original beside each trained copy. With `bias="all"` peft also counts the
+    biases of those originals as trained, though nothing reads them; here they do not exist.
     """
 
     trainable: int
