@@ -36,9 +36,9 @@ clean: ## remove .venv and caches of tools (not runs/)
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A stamp is written last, so an installation cut off is started again; it is older than pyproject.toml after a change.
-# The project itself is installed in place ("editable"): its dependencies come along, its files stay the ones you edit.
-$(VENV)/.installed: pyproject.toml | $(BIN)/python
+# A stamp is written last, so a step cut off is done again, even after a crash; after a change it is older than
+# pyproject.toml. The project is installed in place ("editable"): its dependencies come along, its files stay yours.
+$(VENV)/.installed: pyproject.toml | $(VENV)/.created
 	@echo "installing what LoRABERTa needs into $(VENV) (once; a few minutes)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
@@ -48,9 +48,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	@touch $@
 
-$(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "error: $(PYTHON) is missing or older than Python 3.11; choose another: PYTHON=python3.12 make" >&2; exit 2; }
-	@$(PYTHON) -c 'import venv, ensurepip' || \
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 		{ echo "error: $(PYTHON) lacks venv or pip; on Debian: apt install python3-venv python3-pip" >&2; exit 2; }
 	@$(PYTHON) -m venv $(VENV)
+	@touch $@

@@ -135,15 +135,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lora.budget", description="Count LoRA's trainable parameters.")
     parser.error = _one_line_error  # type: ignore[method-assign]
     parser.add_argument("model", nargs="?", choices=SHAPES, help="base and large, if none is given with --budget")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--targets", nargs="+", default=["query", "key", "value"], metavar="NAME")
+    question = parser.add_mutually_exclusive_group()
+    question.add_argument("--rank", type=int, default=8, help="count the parameters at this rank (default 8)")
+    question.add_argument("--budget", type=int, default=None, help="list the largest ranks that train at most this")
+    parser.add_argument("--targets", nargs="+", metavar="NAME", help="default query key value; with --budget many sets")
     parser.add_argument("--labels", type=int, default=4, help="number of classes (default 4, as in AG News)")
-    parser.add_argument("--head", choices=HEADS, default="full", help="how much of the head is trained")
+    parser.add_argument("--head", choices=HEADS, help="how much of the head is trained (default full)")
     parser.add_argument(
         "--layers", type=int, nargs="+", default=None, metavar="N", help="layers to adapt (default all)"
     )
     parser.add_argument("--bias", choices=("none", "lora_only", "all"), default="none")
-    parser.add_argument("--budget", type=int, default=None, help="list the largest rank that fits for each target set")
     options = parser.parse_args(arguments)
     if options.labels < 1:
         parser.error(f"--labels is {options.labels}; it must be 1 or more")
@@ -163,9 +164,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _print_count(options: argparse.Namespace) -> None:
     shape = SHAPES[options.model]
-    adapters = adapter_parameters(shape, options.targets, options.rank, options.layers, options.bias)
-    head = head_parameters(shape, options.labels, options.head, options.bias)
-    lora = adapter_parameters(shape, options.targets, options.rank, options.layers)
+    targets = options.targets or ("query", "key", "value")
+    adapters = adapter_parameters(shape, targets, options.rank, options.layers, options.bias)
+    head = head_parameters(shape, options.labels, options.head or "full", options.bias)
+    lora = adapter_parameters(shape, targets, options.rank, options.layers)
     total = total_parameters(shape, options.labels) + lora
     where = "the adapters" if options.bias == "none" else "the adapters and biases"
     print(f"{adapters + head:,} trainable ({adapters:,} in {where} + {head:,} in the head)", end="")
@@ -174,17 +176,20 @@ def _print_count(options: argparse.Namespace) -> None:
 
 def _print_ranks(options: argparse.Namespace) -> None:
     names = [options.model] if options.model else ["roberta-base", "roberta-large"]
-    width = max(len(", ".join(targets)) for targets in TARGET_SETS)
+    target_sets = (options.targets,) if options.targets else TARGET_SETS
+    heads = (options.head,) if options.head else HEADS
+    width = max(len(", ".join(targets)) for targets in target_sets)
+    width = max(width, *(len(name) for name in names))
     print(f"largest rank that trains at most {options.budget:,} parameters, {options.labels} labels\n")
     for name in names:
         shape = SHAPES[name]
-        print(f"{name:<{width}}  head: {'full':>9}  {'out_proj':>9}  {'none':>9}")
-        for targets in TARGET_SETS:
+        print(f"{name:<{width}}  head: " + "  ".join(f"{head:>9}" for head in heads))
+        for targets in target_sets:
             ranks = [
                 largest_rank(shape, targets, options.labels, options.budget, head, options.layers, options.bias)
-                for head in HEADS
+                for head in heads
             ]
-            print(f"{', '.join(targets):<{width}}       " + "  ".join(f"{rank or 'over':>9}" for rank in ranks))
+            print(f"{', '.join(targets):<{width}}        " + "  ".join(f"{rank or 'over':>9}" for rank in ranks))
         print()
 
 

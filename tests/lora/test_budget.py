@@ -71,6 +71,14 @@ def test_command_prints_the_reference_figures(capsys):
     assert [row[-3:] for row in rows] == [["7", "18", "18"], ["over", "6", "6"]]
 
 
+def test_budget_keeps_to_the_targets_and_the_head_that_were_asked_for(capsys):
+    assert main(["roberta-base", "--budget", "1000000", "--targets", "key", "--head", "full"]) == 0
+    _, _, heads, row = capsys.readouterr().out.rstrip().splitlines()
+    assert heads.split() == ["roberta-base", "head:", "full"]
+    # (1,000,000 - 593,668) // (12 * 2 * 768)
+    assert row.split() == ["key", "22"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -79,6 +87,7 @@ def test_command_prints_the_reference_figures(capsys):
         (["roberta-base", "--layers", "12"], "no layer 12"),
         (["roberta-base", "--labels", "0"], "--labels is 0"),
         (["--budget", "-5"], "--budget is -5"),
+        (["roberta-base", "--budget", "1000000", "--rank", "4"], "not allowed with argument"),
         (["gpt2"], "gpt2"),
         ([], "name a model"),
     ],
