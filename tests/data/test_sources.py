@@ -79,7 +79,7 @@ def test_real_ag_news_rows(shared):
         ('"1","a","b"\n"5","a","b"\n', r"train\.csv, row 2: class '5' is not 1, 2, 3 or 4"),
         ('"1","a","b"\n"2"," "," "\n', r"train\.csv, row 2: the text is empty"),
         ('"1","a","b"\n"2","a,"b"\n', r"train\.csv, row 2: .* mend the row's quotes"),
-        ("", "the train split has no rows"),
+        ("", r"train\.csv: no rows"),
     ],
 )
 def test_bad_ag_news_rows_are_named(tmp_path, content, says):
@@ -99,8 +99,15 @@ GOOD = "label,text\n" + "".join(f"{i % 2},text {i}\n" for i in range(20))
         ("a.csv", GOOD + "1\n", r"a\.csv, row 22: 1 fields"),
         ("a.csv", GOOD + "1,  \n", r"a\.csv, row 22: the text is empty"),
         ("a.csv", GOOD + ",text\n", r"a\.csv, row 22: the label is empty"),
-        ("a.csv", "label,text\n", r"a\.csv.*: the train split has no rows"),
+        ("a.csv", "label,text\n", r"a\.csv: no rows"),
         ("a.csv", "", r"a\.csv, header: no column"),
+        ("a.csv", "label,text,text\n1,a,b\n", r"a\.csv, header: 2 columns 'text'"),
+        ("a.jsonl", '{"label": 1, "text": ["x"]}\n', r"a\.jsonl, row 1: 'text' holds no text, but a list"),
+        ("a.jsonl", '{"label": [1], "text": "x"}\n', r"a\.jsonl, row 1: 'label' is \[1\], neither a name nor"),
+        ("a.jsonl", '{"label": 1.5, "text": "x"}\n', r"a\.jsonl, row 1: 'label' is 1.5, neither a name nor"),
+        ("a.jsonl", '{"label": NaN, "text": "x"}\n', r"a\.jsonl, row 1: the label is empty"),
+        ("a.jsonl", '{"label": 1, "text": NaN}\n', r"a\.jsonl, row 1: the text is empty"),
+        ("a.jsonl", '{"label": ' + "1" * 5000 + ', "text": "x"}\n', r"a\.jsonl, row 1: not JSON"),
         ("a.csv", "label,text\n" + "1,x\n" * 20, "every row has the label '1'"),
         ("a.csv", 'label,text\n1,"open\n', r"a\.csv, row 2: .* mend the row's quotes"),
         ("a.jsonl", '{"label": 1, "text": "x"}\n{broken\n', r"a\.jsonl, row 2: not JSON"),
@@ -126,6 +133,34 @@ def test_a_file_that_is_not_utf8_names_row_and_byte(tmp_path):
     path.write_bytes(b"label,text\n1,fine\n0,caf\xe9\n")
     with pytest.raises(DataError, match=r"a\.csv, row 3: not UTF-8 \(byte 23\)"):
         load(path)
+
+
+def test_a_byte_order_mark_is_counted_where_a_byte_is_named(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"\xef\xbb\xbflabel,text\n1,fine\n0,caf\xe9\n")
+    with pytest.raises(DataError, match=r"a\.csv, row 3: not UTF-8 \(byte 26\)"):
+        load(path)
+
+
+def test_whole_numbers_are_the_same_class_however_they_are_stored(tmp_path):
+    rows = "".join(f'{{"label": {label}, "text": "text {i}"}}\n' for i, label in enumerate([1, 1.0, '"1"', 2] * 5))
+    text = load(write(tmp_path / "a.jsonl", rows))
+    assert text.label_names == ("1", "2") and text.train.labels.count(0) > text.train.labels.count(1)
+
+
+@pytest.mark.parametrize(
+    ("source", "field"),
+    [
+        ("ag_news", {"test_file": "t.csv"}),
+        ("reuters-r8", {"directory": "news"}),
+        ("20newsgroups", {"label_column": "klass"}),
+        ("a.csv", {"directory": "news"}),
+    ],
+)
+def test_a_setting_that_the_source_does_not_know_is_refused(source, field):
+    (name,) = field
+    with pytest.raises(DataError, match=f"data.{name} means nothing for the source '{source}'; remove it"):
+        load(source, **field)
 
 
 def test_a_label_that_only_the_test_split_has_is_named(tmp_path):
