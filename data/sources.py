@@ -7,11 +7,12 @@ as it is read, and a bad one is named by file and row; nothing is skipped silent
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,7 +111,7 @@ def load_source(config: DataConfig, seed: int) -> LabelledText:
 
 def _refuse_settings(config: DataConfig, names: tuple[str, ...]) -> None:
     """Raise DataError if one of the settings is set, for a source that would pass over it in silence."""
-    for field in fields(DataConfig):
+    for field in dataclasses.fields(DataConfig):
         if field.name in names and getattr(config, field.name) != field.default:
             raise DataError(f"data.{field.name} means nothing for the source {config.source!r}; remove it")
 
