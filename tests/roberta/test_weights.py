@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -194,3 +197,41 @@ def test_a_folder_without_a_usable_tokenizer(tmp_path, files, says):
     with pytest.raises(CheckpointError, match=says) as error:
         TextTokenizer.from_directory(tmp_path, 16)
     assert "\n" not in str(error.value)
+
+
+LOAD_WITHIN = """
+import re, resource, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from roberta.weights import load_checkpoint
+
+def allowed(mebibytes):  # memory of this process's own
+    held = int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (held + mebibytes * 2**20, resource.RLIM_INFINITY))
+
+load_checkpoint(sys.argv[2])  # what is imported on the way is imported now
+weights = Path(sys.argv[1], "model.safetensors").stat().st_size / 2**20
+allowed(int(2.4 * weights))  # the model, the mapped file, and less than half a copy to spare
+model = load_checkpoint(sys.argv[1])
+try:
+    torch.empty(int(1.6 * weights * 2**18))  # to show that the limit limits; the file is mapped no more
+except RuntimeError:
+    print("one copy")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on a process's own memory is Linux's")
+def test_loading_takes_the_memory_of_one_copy(tmp_path, tiny_checkpoint):
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 512, "num_hidden_layers": 2}
+    config = RobertaConfig(vocab_size=100_000, pad_token_id=1, max_position_embeddings=66, **sizes)
+    save_checkpoint(RobertaForSequenceClassification(config), tmp_path)
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_WITHIN, tmp_path, tiny_checkpoint],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == "one copy\n", done.stderr[-400:]
