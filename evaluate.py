@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,7 @@ import tyro
 
 from data.assets import fetch_checkpoint
 from data.batching import EncodedSplit, encode_split, evaluation_batches
+from data.cleaning import CleaningConfig, make_cleaner
 from data.sources import DataConfig, Split, load_source
 from lora.adapter import adapter_shapes, load_adapter, read_base_model
 from lora.inject import merge_lora, unload_lora
@@ -69,6 +71,8 @@ class Trained:
     label_names: tuple[str, ...]
     config: RunConfig | None
     """The settings of the run or of --config; None for an adapter alone."""
+    clean: Callable[[str], str]
+    """What was done to every text in training."""
     compute: Compute
 
 
@@ -115,7 +119,8 @@ def load_trained(arguments: Arguments) -> Trained:
     max_length = config.data.max_length if config else min(DataConfig().max_length, model_config.max_length)
     tokenizer = TextTokenizer.from_directory(checkpoint.directory, max_length)
     tokenizer.check_fits(model_config, checkpoint.directory)
-    return Trained(model, tokenizer, labels, config, compute)
+    clean = make_cleaner(config.data.cleaning if config else CleaningConfig())
+    return Trained(model, tokenizer, labels, config, clean, compute)
 
 
 def _label_names(folder: RunFolder, is_run: bool, base: RobertaConfig, shapes: dict[str, list[int]]) -> tuple[str, ...]:
@@ -148,7 +153,8 @@ def read_texts(arguments: Arguments) -> list[str]:
 
 
 def classify(trained: Trained, texts: list[str]) -> torch.Tensor:
-    """Probabilities (texts, labels): softmax of the logits, rows in the order of the texts."""
+    """Probabilities (texts, labels): softmax of the logits, rows in the order of the texts, cleaned as in training."""
+    texts = [trained.clean(text) for text in texts]
     split = encode_split(Split(texts, [0] * len(texts)), trained.tokenizer, cache=False)
     return torch.softmax(_logits(trained, split), dim=1)
 
@@ -177,7 +183,7 @@ def evaluate(arguments: Arguments) -> int:
     elif arguments.export is None:
         if trained.config is None:
             raise ConfigError(f"{arguments.run}: an adapter alone has no test split; add --config FILE.toml, or --text")
-        text = load_source(trained.config.data, trained.config.train.seed)
+        text = load_source(trained.config.data, trained.config.train.seed).cleaned(trained.config.data.cleaning)
         say(f"data        {text.origin}, {len(text.test.texts):,} test texts")
         if len(text.label_names) != len(trained.label_names):
             raise ConfigError(

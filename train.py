@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.assets import fetch_checkpoint
+from data.augmentation import augment_texts, check_script
 from data.batching import Batch, encode_split, evaluation_batches, training_batches
-from data.sources import load_source
+from data.sources import Split, load_source
 from lora.adapter import load_adapter, save_adapter
 from lora.inject import count_parameters, inject_lora
 from roberta.config import RobertaConfig
@@ -141,12 +142,16 @@ def train(config: RunConfig) -> int:
     seed_everything(settings.seed)
 
     # --- text ---------------------------------------------------------------------------------------------------
-    text = load_source(config.data, settings.seed)
+    text = load_source(config.data, settings.seed).cleaned(config.data.cleaning)
+    augmentation = config.data.augmentation
     say(f"data        {text.origin}")
     say(
         f"            {len(text.train.texts):,} texts to train on, {len(text.validation.texts):,} to validate, "
         f"{len(text.test.texts):,} to test, {len(text.label_names)} classes"
     )
+    if augmentation.n_aug:
+        check_script(text.train.texts, text.origin)
+        say(f"            EDA: {augmentation.n_aug} new texts of each training text, alpha {augmentation.alpha:g}")
 
     # --- pretrained checkpoint, and the budget before anything large is read --------------------------------------
     checkpoint = fetch_checkpoint(config.model.checkpoint)
@@ -201,8 +206,13 @@ def train(config: RunConfig) -> int:
         tokenizer.save(folder.adapter)
 
     def batches_of_epoch(epoch: int) -> Iterable[Batch]:
+        split = splits["train"]
+        if augmentation.n_aug:
+            new = augment_texts(text.train.texts, text.train.labels, augmentation, settings.seed, epoch)
+            # New texts of every epoch are never seen again: nothing to keep.
+            split = encode_split(Split(*new), tokenizer, description="tokenizing EDA", cache=not augmentation.fresh)
         return training_batches(
-            splits["train"],
+            split,
             settings.batch_size,
             tokenizer.pad_token_id,
             settings.seed,
@@ -218,7 +228,8 @@ def train(config: RunConfig) -> int:
         logits = predict(model, batches, len(splits[name].labels), compute)
         return score(logits, splits[name].labels, text.label_names)
 
-    batches_per_epoch = -(-len(splits["train"].labels) // settings.batch_size)
+    texts_per_epoch = (1 + augmentation.n_aug) * len(splits["train"].labels)
+    batches_per_epoch = -(-texts_per_epoch // settings.batch_size)
     steps_per_epoch = -(-batches_per_epoch // settings.accumulation_steps)
     total_steps = settings.epochs * steps_per_epoch
     schedule = make_schedule(optimizer, total_steps, round(settings.warmup_fraction * total_steps))

@@ -29,7 +29,7 @@ def main() -> int:
         return make_pipeline(words, LogisticRegression(C=regularisation, max_iter=1000)).fit(split.texts, split.labels)
 
     config = parse_command_line(sys.argv[1:])
-    text = load_source(config.data, config.train.seed)
+    text = load_source(config.data, config.train.seed).cleaned(config.data.cleaning)
     started = time.perf_counter()
     scores = {c: fit(text.train, c).score(text.validation.texts, text.validation.labels) for c in REGULARISATIONS}
     chosen = max(scores, key=scores.__getitem__)

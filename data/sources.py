@@ -12,11 +12,13 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from data.assets import fetch_text_files, hub_is_reachable, raise_if_unwritable
+from data.augmentation import AugmentationConfig
+from data.cleaning import CleaningConfig, make_cleaner
 from data.errors import DataError
 
 AG_NEWS_LABELS = ("World", "Sports", "Business", "Sci/Tech")
@@ -44,6 +46,10 @@ class DataConfig:
     """For a training file: the column of the label, a name or a number."""
     validation_fraction: float = 0.1
     """Share of the training rows held out to validate on."""
+    train_rows: int | None = None
+    """Train on so many rows only, drawn at random, each class keeping its share; all unless given."""
+    cleaning: CleaningConfig = field(default_factory=CleaningConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     max_length: int = 128
     """Longest text in tokens; the rest is cut off."""
     padding: Literal["longest", "max_length"] = "longest"
@@ -56,6 +62,8 @@ class DataConfig:
             raise DataError(
                 f"data.max_length is {self.max_length!r}; two tokens are taken by the markers, so 3 or more"
             )
+        if self.train_rows is not None and self.train_rows < 2:
+            raise DataError(f"data.train_rows is {self.train_rows!r}; it must be 2 or more")
         if not self.text_columns:
             raise DataError("data.text_columns is empty; name at least one column")
 
@@ -78,6 +86,14 @@ class LabelledText:
     label_names: tuple[str, ...]
     origin: str
     """Where it came from, for a person to read."""
+
+    def cleaned(self, config: CleaningConfig) -> LabelledText:
+        """The same with every text of every split cleaned."""
+        clean = make_cleaner(config)
+        splits = (
+            (Split([clean(one) for one in old.texts], old.labels)) for old in (self.train, self.validation, self.test)
+        )
+        return LabelledText(*splits, self.label_names, self.origin)
 
 
 @dataclass(frozen=True)
@@ -111,9 +127,9 @@ def load_source(config: DataConfig, seed: int) -> LabelledText:
 
 def _refuse_settings(config: DataConfig, names: tuple[str, ...]) -> None:
     """Raise DataError if one of the settings is set, for a source that would pass over it in silence."""
-    for field in dataclasses.fields(DataConfig):
-        if field.name in names and getattr(config, field.name) != field.default:
-            raise DataError(f"data.{field.name} means nothing for the source {config.source!r}; remove it")
+    for setting in dataclasses.fields(DataConfig):
+        if setting.name in names and getattr(config, setting.name) != setting.default:
+            raise DataError(f"data.{setting.name} means nothing for the source {config.source!r}; remove it")
 
 
 # --- the sources --------------------------------------------------------------------------------------------------
@@ -386,6 +402,11 @@ def _assemble(
         train_split, validation_split = _hold_out(train_split, config.validation_fraction, seed, origin)
     else:
         validation_split = split(validation)
+    if config.train_rows is not None:
+        if config.train_rows > len(train_split.labels):
+            raise DataError(f"data.train_rows is {config.train_rows}, but {origin} has {len(train_split.labels)}")
+        if config.train_rows < len(train_split.labels):
+            _, train_split = _take_out(train_split, config.train_rows, seed)
     return LabelledText(train_split, validation_split, test_split, label_names, origin)
 
 
@@ -405,26 +426,30 @@ def _distinct_labels(rows: list[_Row]) -> tuple[list[Any], tuple[str, ...]]:
 
 
 def _hold_out(split: Split, fraction: float, seed: int, origin: str) -> tuple[Split, Split]:
-    """Take a stratified share of the rows out: every class gives its share, decided by `seed` alone.
+    """The larger and the smaller part of a split that gives a stratified share of its rows away."""
+    size = round(fraction * len(split.labels))
+    if size < 1 or len(split.labels) - size < 1:
+        raise DataError(f"{origin}: {len(split.labels)} rows are too few to hold {fraction:.0%} of them out")
+    return _take_out(split, size, seed)
 
-    A class with a single row stays whole in the larger part: it can't be both learnt and checked.
+
+def _take_out(split: Split, size: int, seed: int) -> tuple[Split, Split]:
+    """The rows that stay, and `size` rows taken out: every class gives its share, decided by `seed` alone.
+
+    A class with a single row stays where it is: it can't be both learnt and checked.
     """
     from sklearn.model_selection import train_test_split  # slow to import
 
     counts = Counter(split.labels)
     several = [row for row, label in enumerate(split.labels) if counts[label] > 1]
     classes = len({split.labels[row] for row in several})
-    size = round(fraction * len(split.labels))
-    if size < 1 or len(several) - size < 1:
-        raise DataError(f"{origin}: {len(split.labels)} rows are too few to hold {fraction:.0%} of them out")
+    size = min(size, len(several) - 1)
     # Stratifying needs a place for every class on both sides; with fewer places than classes it is left to chance.
     stratify = [split.labels[row] for row in several] if min(size, len(several) - size) >= classes else None
-    _, held = train_test_split(several, test_size=size, random_state=seed, stratify=stratify)
-    held_rows = sorted(held)
-    out = set(held_rows)
-    kept_rows = [row for row in range(len(split.labels)) if row not in out]
+    _, taken = train_test_split(several, test_size=size, random_state=seed, stratify=stratify)
+    out = set(taken)
 
     def pick(rows: list[int]) -> Split:
         return Split([split.texts[row] for row in rows], [split.labels[row] for row in rows])
 
-    return pick(kept_rows), pick(held_rows)
+    return pick([row for row in range(len(split.labels)) if row not in out]), pick(sorted(out))

@@ -3,6 +3,7 @@
 import random
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -11,6 +12,10 @@ from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
 from roberta.tokenizer import TextTokenizer
 from roberta.weights import save_checkpoint
+
+# No test may hang on how busy the machine is.
+hypothesis.settings.register_profile("loraberta", deadline=None)
+hypothesis.settings.load_profile("loraberta")
 
 SPORTS = ["goal", "match", "cup", "coach", "league"]
 BUSINESS = ["oil", "price", "bank", "profit", "shares"]

@@ -18,6 +18,8 @@ from typing import Any, Literal
 import pydantic
 import tomli_w
 
+from data.augmentation import AugmentationConfig
+from data.cleaning import CleaningConfig
 from data.sources import DataConfig
 from lora.config import LoRAConfig
 from training.command_line import parse_options
@@ -109,7 +111,7 @@ class RunConfig:
                 raise ConfigError(f"model.{name} is {value!r}; it is a probability in [0, 1)")
 
 
-for _section in (RunConfig, ModelConfig, LoRAConfig, DataConfig, TrainConfig):
+for _section in (RunConfig, ModelConfig, LoRAConfig, DataConfig, CleaningConfig, AugmentationConfig, TrainConfig):
     _section.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # an unknown field is an error, not a comment
 _VALIDATOR = pydantic.TypeAdapter(RunConfig)
 

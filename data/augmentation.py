@@ -1,0 +1,198 @@
+"""EDA: four small edits that make new training texts of old ones (Wei & Zou 2019).
+
+For a text of l words and a strength alpha, n = max(1, floor(alpha l)), and each new text is made by one of
+
+    synonym replacement   n words that are no stop words become one of their synonyms
+    random insertion      n times: a synonym of such a word is put in anywhere
+    random swap           n times: two words change places
+    random deletion       every word is dropped with probability alpha, but never all of them
+
+(section 2 there). n_aug new texts are made of each text, which stays as well. Synonyms come from WordNet 3.0, as in
+the paper (wordnet/build.py). What a text becomes is decided by (seed, epoch, row) alone: not by the other rows, their
+order, or who computes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.errors import DataError
+
+_TABLE = Path(__file__).parent / "wordnet" / "synonyms.txt"
+
+# Words that carry grammar rather than meaning: a synonym for one of them makes no sentence.
+STOP_WORDS = frozenset(
+    # articles, demonstratives, quantities
+    "a an the this that these those some any no every each either neither both all another other such same few more "
+    "most many much several enough own "
+    # pronouns
+    "i me my mine myself we us our ours ourselves you your yours yourself yourselves he him his himself she her hers "
+    "herself it its itself they them their theirs themselves one who whom whose which what whatever whoever anyone "
+    "anything everyone everything nobody nothing someone something "
+    # auxiliary verbs
+    "am is are was were be been being have has had having do does did doing done can could may might must shall should "
+    "will would ought cannot "
+    # prepositions
+    "of in on at by for with about against between into through during before after above below to from up down out "
+    "off over under upon within without among across along around behind beside beyond near per since toward towards "
+    "until via like as than "
+    # conjunctions
+    "and or but nor so yet if because while although though unless whether "
+    # adverbs of time, place, degree and negation
+    "not then once here there when where why how again further only very too just also now ever never always already "
+    "still even rather quite almost "
+    # what is left of "it's", "don't", "we'll" without the apostrophe
+    "s t d ll m o re ve don".split()
+)
+
+# A word with the marks around it: ("Oil,) is (", Oil, ,).
+_PIECES = re.compile(r"^(\W*)(.*?)(\W*)$", re.DOTALL)
+_LETTER = re.compile(r"[^\W\d_]")
+_LATIN_LETTER = re.compile(r"[A-Za-z\u00c0-\u024f]")
+# WordNet's rules for regular forms of nouns, verbs and adjectives: an ending, and what it stood for (morphy(7WN)).
+_ENDINGS = (
+    ("s", ""), ("ses", "s"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"), ("men", "man"), ("ies", "y"),
+    ("es", "e"), ("es", ""), ("ed", "e"), ("ed", ""), ("ing", "e"), ("ing", ""),
+    ("er", ""), ("est", ""), ("er", "e"), ("est", "e"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """EDA of the training texts."""
+
+    n_aug: int = 0
+    """New texts made of each; 0 is no augmentation. The paper: 16 for 500 texts, 8 for 2,000, 4 from 5,000 on."""
+    alpha: float = 0.1
+    """Share of the words that an edit changes. The paper: 0.05 up to 2,000 texts, 0.1 beyond."""
+    fresh: bool = True
+    """New texts every epoch, or the same ones in all."""
+
+    def __post_init__(self) -> None:
+        if self.n_aug < 0:
+            raise DataError(f"data.augmentation.n_aug is {self.n_aug!r}; it must be 0 or more")
+        if not 0 <= self.alpha < 1:
+            raise DataError(f"data.augmentation.alpha is {self.alpha!r}; it is a share in [0, 1)")
+
+
+def edits(words: Sequence[str], alpha: float) -> int:
+    """How many words of a text an edit changes: n = max(1, floor(alpha l)); 0 if alpha is 0."""
+    return max(1, int(alpha * len(words))) if alpha > 0 else 0
+
+
+def synonym_replacement(words: list[str], alpha: float, draw: random.Random) -> list[str]:
+    """n words that are no stop words become one of their synonyms; fewer, if fewer have any."""
+    words = list(words)
+    places = _replaceable(words)
+    for place in draw.sample(places, min(edits(words, alpha), len(places))):
+        before, word, after = _PIECES.match(words[place]).groups()
+        words[place] = before + _in_case_of(draw.choice(synonyms(word.lower())), word) + after
+    return words
+
+
+def random_insertion(words: list[str], alpha: float, draw: random.Random) -> list[str]:
+    """n times: a synonym of a word of the text that is no stop word is put in anywhere."""
+    longer = list(words)
+    places = _replaceable(words)
+    for _ in range(edits(words, alpha) if places else 0):
+        _, word, _ = _PIECES.match(words[draw.choice(places)]).groups()
+        longer.insert(draw.randint(0, len(longer)), draw.choice(synonyms(word.lower())))
+    return longer
+
+
+def random_swap(words: list[str], alpha: float, draw: random.Random) -> list[str]:
+    """n times: two words, drawn anew each time, change places."""
+    words = list(words)
+    for _ in range(edits(words, alpha) if len(words) > 1 else 0):
+        one, other = draw.sample(range(len(words)), 2)
+        words[one], words[other] = words[other], words[one]
+    return words
+
+
+def random_deletion(words: list[str], alpha: float, draw: random.Random) -> list[str]:
+    """Every word is dropped with probability alpha; if none would be left, one is."""
+    return [word for word in words if draw.random() >= alpha] or [draw.choice(words)]
+
+
+OPERATIONS = (synonym_replacement, random_insertion, random_swap, random_deletion)
+
+
+def augment(text: str, config: AugmentationConfig, draw: random.Random) -> list[str]:
+    """`n_aug` new texts, each made by one of the four operations, drawn at random."""
+    words = text.split()
+    if not words:
+        return [text] * config.n_aug
+    return [" ".join(draw.choice(OPERATIONS)(words, config.alpha, draw)) for _ in range(config.n_aug)]
+
+
+def augment_texts(
+    texts: Sequence[str], labels: Sequence[int], config: AugmentationConfig, seed: int, epoch: int
+) -> tuple[list[str], list[int]]:
+    """All texts, each followed by its new ones, and their labels: (1 + n_aug) times as many.
+
+    Without `fresh`, every epoch has the new texts of epoch 0.
+    """
+    epoch = epoch if config.fresh else 0
+    new_texts: list[str] = []
+    for row, text in enumerate(texts):
+        new_texts += [text, *augment(text, config, random.Random(f"EDA {seed} {epoch} {row}"))]
+    return new_texts, [label for label in labels for _ in range(1 + config.n_aug)]
+
+
+def check_script(texts: Sequence[str], origin: str) -> None:
+    """Raise DataError if most texts are in another script than Latin: there are no synonyms for them, and perhaps no
+    spaces between their words, so that EDA would make copies and call them new.
+    """
+    foreign = [text for text in texts if 2 * len(_LATIN_LETTER.findall(text)) < len(_LETTER.findall(text))]
+    if 2 * len(foreign) > len(texts):
+        raise DataError(
+            f"{origin}: {len(foreign):,} of {len(texts):,} training texts are not in Latin script (the first: "
+            f"{foreign[0][:30]!r}), but EDA's synonyms are English; set data.augmentation.n_aug = 0"
+        )
+
+
+@functools.lru_cache(maxsize=1 << 17)
+def synonyms(word: str) -> tuple[str, ...]:
+    """Synonyms of a lower-case word and of its base forms by WordNet, in alphabetical order; none for a stop word.
+
+    All meanings of the word count, as in the paper's own program.
+    """
+    if word in STOP_WORDS:
+        return ()
+    table, irregular = _read_table()
+    bases = [word, *irregular.get(word, ())]
+    bases += [word.removesuffix(end) + base for end, base in _ENDINGS if word.endswith(end)]
+    return tuple(sorted(set().union(*(table.get(base, ()) for base in bases)) - set(bases)))
+
+
+@functools.cache
+def _read_table() -> tuple[dict[str, set[str]], dict[str, list[str]]]:
+    """Word -> words that share a meaning with it; irregular form -> base forms."""
+    table: dict[str, set[str]] = {}
+    irregular: dict[str, list[str]] = {}
+    for line in _TABLE.read_text(encoding="ascii").splitlines()[1:]:
+        form, arrow, lemma = line.partition(" > ")
+        if arrow:
+            irregular.setdefault(form, []).append(lemma)
+        else:
+            words = line.split()
+            for word in words:
+                table.setdefault(word, set()).update(words)
+    return table, irregular
+
+
+def _replaceable(words: Sequence[str]) -> list[int]:
+    """Places of the words that have synonyms."""
+    return [place for place, word in enumerate(words) if synonyms(_PIECES.match(word)[2].lower())]
+
+
+def _in_case_of(synonym: str, word: str) -> str:
+    """ "price" for "cost", "Price" for "Cost", "PRICE" for "COST"."""
+    if word.isupper() and len(word) > 1:
+        return synonym.upper()
+    return synonym.capitalize() if word[:1].isupper() else synonym
