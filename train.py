@@ -34,12 +34,13 @@ from training.budget import check_budget
 from training.command_line import EXIT_INTERRUPTED, run_command
 from training.config import RunConfig, parse_command_line
 from training.errors import ConfigError
+from training.html_report import write_html_report
 from training.plots import draw_plots
 from training.precision import Compute, choose_compute
 from training.progress import Progress, minutes, say
 from training.report import build_report, peak_memory_bytes
 from training.run_folder import RunFolder
-from training.scoring import Scores, predict, score
+from training.scoring import Scores, confident_mistakes, predict, score
 
 
 def train_step(
@@ -221,12 +222,11 @@ def train(config: RunConfig) -> int:
             compute.device,
         )
 
-    def scores_on(name: str) -> Scores:
+    def logits_on(name: str) -> Tensor:
         batches = evaluation_batches(
             splits[name], settings.eval_batch_size, tokenizer.pad_token_id, config.data.padding, compute.device
         )
-        logits = predict(model, batches, len(splits[name].labels), compute)
-        return score(logits, splits[name].labels, text.label_names)
+        return predict(model, batches, len(splits[name].labels), compute)
 
     texts_per_epoch = (1 + augmentation.n_aug) * len(splits["train"].labels)
     batches_per_epoch = -(-texts_per_epoch // settings.batch_size)
@@ -290,7 +290,7 @@ def train(config: RunConfig) -> int:
             if interrupted:
                 break
 
-            validation = scores_on("validation")
+            validation = score(logits_on("validation"), splits["validation"].labels, text.label_names)
             folder.log(
                 step=step,
                 epoch=epoch,
@@ -319,13 +319,16 @@ def train(config: RunConfig) -> int:
     train_seconds = time.perf_counter() - train_started
 
     # --- after: the best adapter, scored once on the test split ----------------------------------------------------
-    if interrupted:
-        if best is None:  # stopped within the first epoch: what there is beats nothing
-            save_best()
-        test = None
-    else:
+    test, mistakes, test_seconds = None, [], 0.0
+    if not interrupted:
         load_adapter(model, folder.adapter)
-        test = scores_on("test")
+        test_started = time.perf_counter()
+        logits = logits_on("test")
+        test_seconds = time.perf_counter() - test_started
+        test = score(logits, splits["test"].labels, text.label_names)
+        mistakes = confident_mistakes(logits, splits["test"].labels, text.test.texts, text.label_names)
+    elif best is None:  # stopped within the first epoch: what there is beats nothing
+        save_best()
     report = build_report(
         config=config,
         origins={"data": text.origin, "checkpoint": checkpoint.origin},
@@ -339,9 +342,12 @@ def train(config: RunConfig) -> int:
         steps=step,
         train_seconds=train_seconds,
         seconds=time.perf_counter() - started,
+        test_seconds=test_seconds,
+        mistakes=mistakes,
     )
     folder.write_report(report)
     draw_plots(folder)
+    write_html_report(folder)
     if test is None:
         say(f"\ninterrupted in epoch {epoch} after step {step}; the adapter is in {folder.adapter}")
     else:
@@ -355,6 +361,7 @@ def train(config: RunConfig) -> int:
         f"wall time {minutes(report['seconds'])} (training {minutes(train_seconds)})   "
         f"peak memory {peak_memory_bytes(compute) / 2**20:,.0f} MiB   trainable parameters {count.trainable:,}"
     )
+    say(f"report:  {folder.html}")
     say(f'try it:  python evaluate.py {folder.path} --text "Oil prices rise as OPEC cuts output"')
     return EXIT_INTERRUPTED if interrupted else 0
 

@@ -23,6 +23,8 @@ from data.errors import DataError
 
 AG_NEWS_LABELS = ("World", "Sports", "Business", "Sci/Tech")
 _AG_NEWS_ON_HUB = "fancyzhx/ag_news"
+# Number of classes of the data sets that are known by name.
+LABELS_OF_NAMED_SOURCES = {"ag_news": 4, "reuters-r8": 8, "reuters-r52": 52, "20newsgroups": 20}
 _TAB_FILES = ("reuters-r8", "reuters-r52", "20newsgroups")
 _FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
 _FOR_FILES = ("test_file", "validation_file", "text_columns", "label_column")

@@ -145,3 +145,11 @@ def test_a_broken_adapter_is_one_line(command, finished):
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"})[:-3])
     code, _, err = command(folder)
     assert code == EXIT_BAD_INPUT and err.count("\n") == 1
+
+
+def test_texts_are_cleaned_as_in_training(command, tiny_config, tiny_data):
+    options = ["--data.cleaning.html", "--data.cleaning.lowercase", "--output", str(tiny_data / "clean")]
+    assert train(parse_command_line([str(tiny_config), *options])) == 0
+    _, plain, _ = command(tiny_data / "clean", "--text", "a goal in the match")
+    _, loud, _ = command(tiny_data / "clean", "--text", "&lt;b&gt;A GOAL&lt;/b&gt; IN  THE MATCH")
+    assert plain.splitlines()[-1].split("   ")[0] == loud.splitlines()[-1].split("   ")[0]

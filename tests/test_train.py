@@ -52,6 +52,7 @@ def test_a_run_learns_and_leaves_everything_behind(run, tiny_config, tiny_data):
         "labels.json",
         "metrics.jsonl",
         "report.json",
+        "report.html",
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
         "adapter/tokenizer.json",
@@ -306,3 +307,51 @@ def test_pipe_output_is_quiet_lines(tiny_config):
     assert "\r" not in done.stdout
     assert sum(line.startswith("step ") for line in done.stdout.splitlines()) <= 10
     assert np.isfinite(float(done.stdout.split("test accuracy ")[1].split()[0]))
+
+
+def test_cleaning_reaches_training(run, tiny_config, tiny_data):
+    for name in ("train", "test"):
+        path = tiny_data / f"{name}.csv"
+        header, *rows = path.read_text().splitlines()
+        loud = (f"{row.partition(',')[0]},&lt;b&gt;{row.partition(',')[2].upper()}&lt;/b&gt;" for row in rows)
+        path.write_text("\n".join([header, *loud]) + "\n")
+    scores = {}
+    for switch in ("--data.cleaning.html", "--data.cleaning.no-html"):
+        options = (switch, "--data.cleaning.lowercase", "--overwrite")
+        assert run(tiny_config, *options)[0] == 0
+        scores[switch] = json.loads((tiny_data / "run" / "report.json").read_text())["test"]["loss"]
+    assert scores["--data.cleaning.html"] != scores["--data.cleaning.no-html"]
+    assert run(tiny_config, "--data.cleaning.html", "--data.cleaning.lowercase", "--overwrite")[0] == 0
+    assert json.loads((tiny_data / "run" / "report.json").read_text())["test"]["accuracy"] > 0.9
+
+
+def test_eda_makes_new_training_texts_every_epoch_and_none_elsewhere(run, tiny_config, tiny_data, monkeypatch):
+    seen = []
+    real = train_module.encode_split
+
+    def watching(split, *arguments, **options):
+        seen.append(split)
+        return real(split, *arguments, **options)
+
+    monkeypatch.setattr(train_module, "encode_split", watching)
+    code, out, _ = run(tiny_config, "--data.augmentation.n-aug", 2, "--train.epochs", 2)
+    assert code == 0 and "EDA: 2 new texts of each training text" in out
+    report = json.loads((tiny_data / "run" / "report.json").read_text())
+    assert report["steps"] == 2 * -(-3 * 86 // 8)
+    train_split, _validation, _test, first, second = seen
+    assert first.texts[::3] == second.texts[::3] == train_split.texts and first.texts != second.texts
+    assert first.labels == [label for label in train_split.labels for _ in range(3)]
+
+    seen.clear()
+    options = ("--data.augmentation.n-aug", 2, "--data.augmentation.no-fresh", "--train.epochs", 2, "--overwrite")
+    assert run(tiny_config, *options)[0] == 0
+    assert seen[-1] == seen[-2] and len(seen) == 5
+
+
+def test_eda_on_another_script_is_refused(run, tiny_config, tiny_data):
+    rows = "".join(f"{i % 2},слово номер {i}\n" for i in range(40))
+    (tiny_data / "train.csv").write_text(f"label,text\n{rows}", encoding="utf-8")
+    (tiny_data / "test.csv").write_text(f"label,text\n{rows}", encoding="utf-8")
+    code, _, err = run(tiny_config, "--data.augmentation.n-aug", 1)
+    assert code == EXIT_BAD_INPUT and "not in Latin script" in err and err.count("\n") == 1
+    assert not (tiny_data / "run").exists()

@@ -118,16 +118,25 @@ _VALIDATOR = pydantic.TypeAdapter(RunConfig)
 
 def read_config(path: str | Path) -> RunConfig:
     """Read a TOML file. Raises ConfigError (or the settings' own error) that names the file and the field."""
+    return parse_config(read_toml(path), path)
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """A TOML file as it stands. Raises ConfigError that names the file."""
     path = Path(path)
     try:
         with path.open("rb") as file:
-            raw = tomllib.load(file)
+            return tomllib.load(file)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; give a TOML file, for example experiments/quickstart.toml") from None
     except OSError as error:
         raise ConfigError(f"{path}: can't be read ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def parse_config(raw: dict[str, Any], path: str | Path) -> RunConfig:
+    """Settings as parsed from TOML to a RunConfig; `path` is for the error message. Raises as `read_config` does."""
     try:
         # Strictly, so that "8" is no number; by way of JSON, where an array may be a tuple and 14 may be a float.
         return _VALIDATOR.validate_json(json.dumps(raw, default=str), strict=True)

@@ -1,70 +1,122 @@
-"""A run's curves as images, drawn from `metrics.jsonl` and `report.json` alone."""
+"""Curves of one run, or of several over each other, drawn from `metrics.jsonl` and `report.json` alone.
+
+The same drawing becomes an image (PNG, on white) or a piece of a page (SVG, whose colours are the page's own, so that
+it is legible on light and on dark).
+"""
 
 from __future__ import annotations
 
+import io
 import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from training.errors import ConfigError
 from training.run_folder import RunFolder, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-# Okabe & Ito's palette, told apart also by colour-blind readers.
-_BLUE, _ORANGE, _GREEN, _PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+Draw = Callable[["Axes"], None]
+
+# Okabe & Ito's palette, told apart also by colour-blind readers; with a marker each, by anybody without colours too.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D1F", "#6E6E6E")
+_MARKERS = "os^Dv<>p"
+_LINES = ("-", "--", ":", "-.")  # one more than eight runs begin the colours anew, dashed
+_INK = "#010203"  # stands for the colour of text, which a page decides
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What a run has logged."""
+
+    name: str
+    steps: list[dict[str, Any]]
+    """Lines of metrics.jsonl about optimizer steps."""
+    validations: list[dict[str, Any]]
+    """Lines about evaluations."""
+    report: dict[str, Any] | None
+    """report.json, or None while there is none."""
+
+
+def read_curves(folder: RunFolder) -> Curves:
+    """The curves of a run folder, complete or not. Raises ConfigError if it is no run folder or a file is broken."""
+    if not folder.config.is_file():
+        raise ConfigError(f"{folder.path}: not a run folder (no config.toml); name one")
+    try:
+        lines = read_metrics(folder.metrics) if folder.metrics.is_file() else []
+        report = json.loads(folder.report.read_text(encoding="utf-8")) if folder.report.is_file() else None
+    except ValueError as error:
+        raise ConfigError(f"{folder.path}: a file is damaged ({error}); run again") from None
+    steps = [line for line in lines if "split" not in line]
+    return Curves(folder.path.name, steps, [line for line in lines if line.get("split") == "validation"], report)
 
 
 def draw_plots(folder: RunFolder) -> None:
-    """Write plots/loss.png, scores.png, learning_rate.png and, for a complete run, confusion.png."""
-    import matplotlib  # slow to import, and only wanted at the very end of a run
-
-    matplotlib.use("Agg")  # no window, also where there is a screen
-    import matplotlib.pyplot as plt
-
-    if not folder.metrics.is_file():
-        return
-    lines = read_metrics(folder.metrics)
-    steps = [line for line in lines if "split" not in line]
-    validations = [line for line in lines if line.get("split") == "validation"]
-    report = json.loads(folder.report.read_text(encoding="utf-8"))
+    """Write plots/loss.png, scores.png, learning_rate.png and confusion.png, as far as the run went."""
     folder.plots.mkdir(exist_ok=True)
-
-    def save(name: str, draw: Any, size: tuple[float, float] = (7, 4.2)) -> None:
-        figure, axes = plt.subplots(figsize=size, layout="constrained")
-        draw(axes)
-        figure.savefig(folder.plots / name, dpi=144)
-        plt.close(figure)
-
-    save("loss.png", lambda axes: _loss(axes, steps, validations))
-    save("learning_rate.png", lambda axes: _learning_rate(axes, steps))
-    if validations:
-        save("scores.png", lambda axes: _scores(axes, validations))
-    if report["test"]:
-        side = max(4.5, 2.5 + 0.34 * len(report["label_names"]))
-        save("confusion.png", lambda axes: _confusion(axes, report), size=(side + 0.8, side))
+    for name, (draw, size) in panels_of(read_curves(folder)).items():
+        save_png(draw, folder.plots / f"{name}.png", size)
 
 
-def _loss(axes: Axes, steps: list[dict[str, Any]], validations: list[dict[str, Any]]) -> None:
-    x, raw = [line["step"] for line in steps], np.array([line["loss"] for line in steps])
-    axes.plot(x, raw, color=_BLUE, alpha=0.25, linewidth=1)
-    axes.plot(x, _smoothed(raw), color=_BLUE, label="training (smoothed; raw behind)")
-    if validations:
-        axes.plot(
-            [line["step"] for line in validations],
-            [line["loss"] for line in validations],
-            color=_ORANGE,
-            marker="o",
-            label="validation",
-        )
-    axes.set(xlabel="optimizer step", ylabel="cross-entropy (nats)", title="Loss")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+def panels_of(run: Curves) -> dict[str, tuple[Draw, tuple[float, float]]]:
+    """The drawings of one run by name, with their sizes in inches."""
+    wide = (5.6, 3.6)
+    panels: dict[str, tuple[Draw, tuple[float, float]]] = {}
+    if run.steps:
+        panels["loss"] = lambda axes: _losses(axes, run), wide
+        panels["learning_rate"] = lambda axes: draw_metric(axes, [run], "learning_rate"), wide
+    if run.validations:
+        panels["scores"] = lambda axes: _scores(axes, run), wide
+    if run.report and run.report["test"]:
+        side = max(4.2, 2.3 + 0.32 * len(run.report["label_names"]))
+        panels["confusion"] = lambda axes: _confusion(axes, run.report), (side + 0.7, side)
+    return panels
+
+
+# Key in metrics.jsonl -> title, label of the axis with its unit, where it is logged.
+METRICS = {
+    "loss": ("Training loss", "cross-entropy (nats)", "step"),
+    "validation_loss": ("Validation loss", "cross-entropy (nats)", "epoch"),
+    "accuracy": ("Validation accuracy", "accuracy (%)", "epoch"),
+    "precision": ("Validation precision, macro average", "precision (%)", "epoch"),
+    "recall": ("Validation recall, macro average", "recall (%)", "epoch"),
+    "f1": ("Validation F1, macro average", "F1 (%)", "epoch"),
+    "learning_rate": ("Learning rate", "learning rate", "step"),
+}
+
+
+def draw_metric(axes: Axes, runs: Sequence[Curves], metric: str) -> None:
+    """One metric of one or several runs."""
+    title, label, unit = METRICS[metric]
+    key = metric.removeprefix("validation_")
+    scale = 100 if label.endswith("(%)") else 1
+    for i, run in enumerate(runs):
+        lines = run.steps if unit == "step" else run.validations
+        x, y = [line[unit] for line in lines], scale * np.array([line[key] for line in lines])
+        colour, style = PALETTE[i % len(PALETTE)], _LINES[i // len(PALETTE) % len(_LINES)]
+        if metric == "loss":
+            axes.plot(x, y, color=colour, alpha=0.2, linewidth=1)
+            y = smoothed(y)
+        marker = _MARKERS[i % len(_MARKERS)] if unit == "epoch" else None
+        axes.plot(x, y, color=colour, linestyle=style, marker=marker, markersize=4, label=run.name)
+    axes.set(xlabel="optimizer step" if unit == "step" else "epoch", ylabel=label, title=title)
+    if unit == "epoch":
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    else:
+        axes.set_ylim(bottom=0)
     axes.grid(alpha=0.2)
+    if len(runs) > 1:
+        axes.legend(frameon=False, fontsize=7)
 
 
-def _smoothed(values: np.ndarray, weight: float = 0.6) -> np.ndarray:
+def smoothed(values: np.ndarray, weight: float = 0.6) -> np.ndarray:
     """Exponential moving average, corrected for its start (Kingma & Ba 2014, section 3)."""
     smooth, mean = np.empty(len(values)), 0.0
     for i, value in enumerate(values):
@@ -73,20 +125,27 @@ def _smoothed(values: np.ndarray, weight: float = 0.6) -> np.ndarray:
     return smooth
 
 
-def _learning_rate(axes: Axes, steps: list[dict[str, Any]]) -> None:
-    axes.plot([line["step"] for line in steps], [line["learning_rate"] for line in steps], color=_BLUE)
-    axes.set(xlabel="optimizer step", ylabel="learning rate", title="Learning rate")
+def _losses(axes: Axes, run: Curves) -> None:
+    x, raw = [line["step"] for line in run.steps], np.array([line["loss"] for line in run.steps])
+    axes.plot(x, raw, color=PALETTE[0], alpha=0.25, linewidth=1)
+    axes.plot(x, smoothed(raw), color=PALETTE[0], label="training (smoothed; raw behind)")
+    if run.validations:
+        at, losses = zip(*((line["step"], line["loss"]) for line in run.validations), strict=True)
+        axes.plot(at, losses, color=PALETTE[1], marker="o", label="validation")
+    axes.set(xlabel="optimizer step", ylabel="cross-entropy (nats)", title="Loss")
     axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
     axes.grid(alpha=0.2)
 
 
-def _scores(axes: Axes, validations: list[dict[str, Any]]) -> None:
-    epochs = [line["epoch"] for line in validations]
-    curves = [("accuracy", _BLUE, "o"), ("precision", _ORANGE, "s"), ("recall", _GREEN, "^"), ("f1", _PINK, "D")]
-    for name, colour, marker in curves:
+def _scores(axes: Axes, run: Curves) -> None:
+    epochs = [line["epoch"] for line in run.validations]
+    for i, name in enumerate(("accuracy", "precision", "recall", "f1")):
         label = name if name == "accuracy" else f"macro {'F1' if name == 'f1' else name}"
-        axes.plot(epochs, [100 * line[name] for line in validations], color=colour, marker=marker, label=label)
-    axes.set(xlabel="epoch", ylabel="validation score (%)", title="Validation scores", xticks=epochs)
+        values = [100 * line[name] for line in run.validations]
+        axes.plot(epochs, values, color=PALETTE[i], marker=_MARKERS[i], markersize=5, label=label)
+    axes.set(xlabel="epoch", ylabel="validation score (%)", title="Validation scores")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
     axes.grid(alpha=0.2)
 
@@ -103,3 +162,48 @@ def _confusion(axes: Axes, report: dict[str, Any]) -> None:
     for i, j in np.argwhere(counts > 0):
         colour = "black" if shares[i, j] > 0.5 else "white"
         axes.text(j, i, str(counts[i, j]), ha="center", va="center", color=colour, fontsize=size - 2)
+
+
+def save_png(draw: Draw, path: Path, size: tuple[float, float]) -> None:
+    """Draw into a PNG file."""
+    with _matplotlib({}):
+        figure = _figure(draw, size)
+        figure.savefig(path, dpi=160)
+
+
+def to_svg(draw: Draw, size: tuple[float, float], name: str) -> str:
+    """Draw as SVG to be put into a page that sets `color` and --series-0 to --series-7.
+
+    `name` sets the ids apart from those of the other drawings of the page.
+    """
+    ink = {
+        f"{part}.{what}": _INK
+        for part, what in (("text", "color"), ("axes", "labelcolor"), ("axes", "edgecolor"), ("axes", "titlecolor"))
+    }
+    ink |= {"xtick.color": _INK, "ytick.color": _INK, "grid.color": _INK, "svg.fonttype": "none", "svg.hashsalt": name}
+    ink |= {"figure.facecolor": "none", "axes.facecolor": "none", "font.family": "sans-serif"}
+    with _matplotlib(ink):
+        file = io.StringIO()
+        _figure(draw, size).savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    for i, colour in enumerate(PALETTE):
+        svg = svg.replace(colour.lower(), f"var(--series-{i})")
+    svg = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', "", svg, count=1)  # the page decides how wide; viewBox stays
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    return re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+
+
+def _figure(draw: Draw, size: tuple[float, float]) -> Figure:
+    from matplotlib.figure import Figure  # no window, no global state
+
+    figure = Figure(figsize=size, layout="constrained")
+    draw(figure.subplots())
+    return figure
+
+
+def _matplotlib(settings: dict[str, Any]) -> Any:
+    """Settings for the drawings made within, as a context."""
+    import matplotlib  # slow to import, and only wanted at the very end of a run
+
+    return matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, **settings})

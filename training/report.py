@@ -38,12 +38,16 @@ def build_report(
     steps: int,
     train_seconds: float,
     seconds: float,
+    test_seconds: float,
+    mistakes: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Collect a run's report. `test` is None for an interrupted run, which is then marked as such."""
     return {
         "complete": test is not None,
         "test": dataclasses.asdict(test) if test else None,
         "validation": dataclasses.asdict(validation) if validation else None,
+        "test_texts_per_second": sum(map(sum, test.confusion)) / test_seconds if test else None,
+        "mistakes": mistakes,
         "label_names": list(label_names),
         "trainable_parameters": count.trainable,
         "total_parameters": count.total,

@@ -5,6 +5,7 @@ labels.json      names of the classes, in the order of the logits
 metrics.jsonl    a line a logged step, a line an evaluation
 adapter/         the best adapter so far: peft's two files and the tokenizer
 report.json      final scores, counts, times
+report.html      all of it on one page
 plots/           the curves as images
 """
 
@@ -29,6 +30,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.adapter = self.path / "adapter"
         self.report = self.path / "report.json"
+        self.html = self.path / "report.html"
         self.plots = self.path / "plots"
 
     def check_free(self, overwrite: bool) -> None:

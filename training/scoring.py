@@ -95,3 +95,21 @@ def score(logits: torch.Tensor, labels: np.ndarray, label_names: tuple[str, ...]
         },
         confusion=confusion_matrix(labels, predicted, labels=numbers).tolist(),
     )
+
+
+def confident_mistakes(
+    logits: torch.Tensor, labels: np.ndarray, texts: list[str], label_names: tuple[str, ...], number: int = 20
+) -> list[dict[str, Any]]:
+    """The texts that were given a wrong class with the highest probability, the worst first."""
+    probability, predicted = torch.softmax(logits, dim=1).max(dim=1)
+    wrong = np.flatnonzero(predicted.numpy() != labels)
+    worst = wrong[np.argsort(-probability.numpy()[wrong], kind="stable")][:number]
+    return [
+        {
+            "text": texts[row],
+            "true": label_names[labels[row]],
+            "predicted": label_names[int(predicted[row])],
+            "probability": float(probability[row]),
+        }
+        for row in worst
+    ]

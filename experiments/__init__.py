@@ -1,0 +1,1 @@
+"""Configurations (TOML), and what runs, tabulates and overlays them."""

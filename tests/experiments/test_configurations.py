@@ -1,0 +1,78 @@
+"""The committed configurations: what the published experiment says of them, and what the arithmetic says."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from experiments.grid import expand, plan
+from experiments.table import Arguments, _trainable, make_table
+
+FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "agnews"
+QKV, OUT = ("query", "key", "value"), "attention.output.dense"
+
+# Reported rows: model, rank, alpha, targets, accuracy. Trainable parameters by the arithmetic of lora/budget.py.
+ROWS = {
+    "base_r4_a32_qkv_intermediate": ("base", 4, 32, (*QKV, "intermediate.dense"), "84.375", 999_172),
+    "base_r4_a32_qkv": ("base", 4, 32, QKV, "84.375", 814_852),
+    "large_r4_a32_qkv_attention_output": ("large", 4, 32, (*QKV, OUT), "84.525", 1_840_132),
+    "large_r8_a32_qkv": ("large", 8, 32, QKV, "85.025", 2_233_348),
+    "large_r8_a16_qkv_attention_output": ("large", 8, 16, (*QKV, OUT), "85.050", 2_626_564),
+    "large_r8_a16_qkv_attention_output_again": ("large", 8, 16, (*QKV, OUT), "85.200", 2_626_564),
+    "base_r4_a32_qv": ("base", 4, 32, ("query", "value"), "85.150", 741_124),
+    "base_r6_a14_qkv": ("base", 6, 14, QKV, "84.725", 925_444),
+}
+
+
+def test_there_are_the_eight_rows():
+    assert {path.stem for path in FOLDER.glob("*.toml")} == set(ROWS)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_is_what_was_reported(name):
+    size, rank, alpha, targets, accuracy, trainable = ROWS[name]
+    path = FOLDER / f"{name}.toml"
+    (config,) = expand(path, {}).values()
+    assert config.model.checkpoint == f"roberta-{size}"
+    assert (config.lora.rank, config.lora.alpha, config.lora.target_modules) == (rank, alpha, targets)
+    train = config.train
+    assert (train.learning_rate, train.weight_decay, train.epochs, train.patience) == (5e-4, 0.01, 20, 3)
+    assert train.batch_size == (32 if size == "base" else 16)
+    assert (config.data.max_length, config.data.padding, config.data.source) == (128, "longest", "ag_news")
+    assert _trainable(config) == trainable
+    assert train.max_trainable == (1_000_000 if trainable <= 1_000_000 else None)
+    comment = path.read_text()
+    assert f"{accuracy} %" in comment and f"{trainable:,} trainable" in comment
+
+
+def test_the_row_listed_twice_differs_by_its_seeds_alone():
+    name = "large_r8_a16_qkv_attention_output"
+    runs = plan([FOLDER / f"{name}.toml", FOLDER / f"{name}_again.toml"], {}, seeds=3)
+    assert len({run.config.train.seed for run in runs}) == 6
+
+
+def test_variants_of_large_keep_the_limit_and_say_how_many():
+    files = sorted((FOLDER / "within_budget").glob("*.toml"))
+    assert len(files) == 3
+    for path in files:
+        (config,) = expand(path, {}).values()
+        assert config.model.checkpoint == "roberta-large" and config.train.max_trainable == 1_000_000
+        trainable = _trainable(config)
+        assert trainable <= 1_000_000 and f"{trainable:,} trainable" in path.read_text()
+
+
+def test_the_search_space_is_whole():
+    configs = expand(FOLDER / "search" / "space.toml", {}).values()
+    assert len(configs) == 4 * 4 * 3 * 2 * 2 * 2 * 2
+    assert {config.lora.rank for config in configs} == {4, 6, 8, 12}
+    assert {config.lora.alpha for config in configs} == {8, 14, 16, 32}
+    assert {config.data.padding for config in configs} == {"longest", "max_length"}
+
+
+def test_the_plan_shows_each_row_and_whether_it_keeps_the_limit(capsys, tmp_path):
+    assert make_table(Arguments((FOLDER,), output=tmp_path / "table", plan=True)) == 0
+    shown = capsys.readouterr().out
+    for name, (*_, trainable) in ROWS.items():
+        verdict = "yes" if trainable <= 1_000_000 else "no"
+        assert re.search(rf"^{name} +{trainable:,} +{verdict}$", shown, re.MULTILINE), name
+    assert not (tmp_path / "table").exists()

@@ -1,0 +1,131 @@
+"""The table: every configuration run once, finished ones skipped, failures listed, the files right."""
+
+import csv
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.plot import Arguments as PlotArguments
+from experiments.plot import plot
+from experiments.table import Arguments, make_table
+from training.errors import ConfigError
+from training.run_folder import RunFolder
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def grid(tiny_config):
+    """Two configurations of a run of a second or two."""
+    text = tiny_config.read_text().replace("rank = 4", "rank = [2, 4]").replace("epochs = 4", "epochs = 1")
+    path = tiny_config.with_name("grid.toml")
+    path.write_text(text)
+    return path
+
+
+def run(grid, tmp_path, **options):
+    return make_table(Arguments((grid,), output=tmp_path / "table", **options))
+
+
+def test_a_table_is_run_written_and_not_run_again(grid, tmp_path, capsys):
+    assert run(grid, tmp_path, seeds=2, jobs=2) == 0
+    folder = tmp_path / "table"
+    names = ["grid+rank=2-s0", "grid+rank=2-s1", "grid+rank=4-s0", "grid+rank=4-s1"]
+    assert sorted(path.name for path in (folder / "runs").iterdir()) == names
+    reports = {name: json.loads((folder / "runs" / name / "report.json").read_text()) for name in names}
+    rows = list(csv.DictReader((folder / "results.csv").open()))
+    assert [row["name"] for row in rows] == ["grid+rank=2", "grid+rank=4"]
+    for row in rows:
+        of_row = [report for name, report in reports.items() if name.startswith(row["name"] + "-")]
+        accuracies = [100 * report["test"]["accuracy"] for report in of_row]
+        assert float(row["accuracy"]) == pytest.approx(statistics.mean(accuracies))
+        assert float(row["accuracy_spread"]) == pytest.approx(statistics.stdev(accuracies))
+        assert int(row["trainable"]) == of_row[0]["trainable_parameters"]
+        assert row["within_budget"] == "True" and row["seeds"] == "2 of 2" and row["epochs"] == "1"
+    speeds = [float(row["speed"]) for row in rows]
+    assert min(speeds) == 1.0
+    assert "| grid+rank=2 |" in (folder / "results.md").read_text()
+    page = (folder / "results.html").read_text()
+    assert "grid+rank=4" in page and "<svg" in page
+    assert len(list((folder / "plots").glob("*.png"))) == 6
+
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/report.json")}
+    (folder / "runs" / names[1] / "report.json").unlink()  # as if it had been cut off
+    capsys.readouterr()
+    assert run(grid, tmp_path, seeds=2) == 0
+    assert "3 of these finished before" in capsys.readouterr().out
+    after = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/report.json")}
+    assert {path.parent.name for path in after if before[path] != after[path]} == {names[1]}
+
+
+def test_a_failing_run_does_not_stop_the_others(grid, tmp_path, capsys):
+    (tmp_path / "broken.toml").write_text("[data]\nsource = 'none.csv'\n")
+    code = make_table(Arguments((tmp_path / "broken.toml", grid), output=tmp_path / "table", set=("train.epochs=1",)))
+    shown = capsys.readouterr().out
+    assert code == 1
+    assert "failed: broken-s0: exit code 2: error: none.csv: no such file" in shown
+    rows = {row["name"]: row for row in csv.DictReader((tmp_path / "table" / "results.csv").open())}
+    assert rows["broken"]["seeds"] == "0 of 1" and rows["broken"]["accuracy"] == ""
+    assert rows["grid+rank=2"]["accuracy"] and rows["grid+rank=4"]["accuracy"]
+    assert "broken-s0 failed" in (tmp_path / "table" / "results.md").read_text()
+    assert "broken-s0 failed" in (tmp_path / "table" / "results.html").read_text()
+
+
+def test_results_of_another_grid_are_not_mixed_in(grid, tmp_path):
+    assert run(grid, tmp_path) == 0
+    with pytest.raises(ConfigError, match=r"another grid: grid\+rank=2-s0 has train\.learning_rate = 0\.02, not 0\.5"):
+        run(grid, tmp_path, set=("train.learning_rate=0.5",))
+
+
+def test_parts_make_up_the_whole(grid, tmp_path, capsys):
+    assert run(grid, tmp_path, seeds=2, shard="2/3") == 0
+    assert [path.name for path in (tmp_path / "table" / "runs").iterdir()] == ["grid+rank=2-s1"]
+    rows = list(csv.DictReader((tmp_path / "table" / "results.csv").open()))
+    assert [row["seeds"] for row in rows] == ["1 of 2", "0 of 2"]
+    assert run(grid, tmp_path, seeds=2, shard="1/3") == 0 and run(grid, tmp_path, seeds=2, shard="3/3") == 0
+    capsys.readouterr()
+    assert run(grid, tmp_path, seeds=2) == 0
+    assert "4 of these finished before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shard", ["0/3", "4/3", "1", "a/b", "1/0"])
+def test_parts_that_do_not_exist(grid, tmp_path, shard):
+    with pytest.raises(ConfigError, match="I/N"):
+        run(grid, tmp_path, shard=shard)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"seeds": 0}, "--seeds"), ({"jobs": 0}, "--jobs"), ({"set": ("lora.rank=1", "lora.rank=2")}, "set twice")],
+)
+def test_options_that_make_no_sense(grid, tmp_path, options, says):
+    with pytest.raises(ConfigError, match=says):
+        run(grid, tmp_path, **options)
+
+
+def test_the_command_line(tiny_config, tmp_path):
+    command = [sys.executable, "-m", "experiments.table", str(tiny_config), "--output", str(tmp_path / "t"), "--set"]
+    command += ["train.epochs=1", "lora.rank=3", "--jobs", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "[1/1] tiny-s0" in done.stdout and "results.csv, .md and .html" in done.stdout
+    bad = subprocess.run([*command, "--shard", "x"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert bad.returncode == 2 and bad.stderr.startswith("error: --shard x") and bad.stderr.count("\n") == 1
+
+
+def test_curves_of_several_runs_are_laid_over_each_other(grid, tmp_path, capsys):
+    assert run(grid, tmp_path) == 0
+    runs = sorted((tmp_path / "table" / "runs").iterdir())
+    RunFolder(runs[0]).report.unlink()
+    lines = RunFolder(runs[0]).metrics.read_text().splitlines()
+    RunFolder(runs[0]).metrics.write_text("\n".join(line for line in lines if "split" not in line) + "\n")
+    capsys.readouterr()
+    assert plot(PlotArguments(tuple(runs), tmp_path / "plots")) == 0
+    assert "grid+rank=2-s0: has no validation scores yet" in capsys.readouterr().out
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} >= {"loss", "validation_loss", "accuracy", "recall"}
+    with pytest.raises(ConfigError, match="not a run folder"):
+        plot(PlotArguments((tmp_path,), tmp_path / "plots"))

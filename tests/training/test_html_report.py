@@ -1,0 +1,115 @@
+"""report.html: whole, escaped, silent on the network, and honest about what a run lacks."""
+
+import json
+import os
+import shutil
+import subprocess
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+
+from train import train
+from training.config import read_config
+from training.errors import ConfigError
+from training.html_report import write_html_report
+from training.run_folder import RunFolder
+
+EVIL = "<script>document.title='broken'</script><img src=http://127.0.0.1:{port}/x.png> & \"quoted\""
+
+
+@pytest.fixture
+def run_folder(tiny_config, monkeypatch):
+    """A finished run whose most confident mistake has a text that would like to be markup."""
+    assert train(read_config(tiny_config)) == 0
+    folder = RunFolder(read_config(tiny_config).output)
+    report = json.loads(folder.report.read_text())
+    mistake = {"text": EVIL.format(port=1), "true": "a<b>", "predicted": "c", "probability": 0.99}
+    folder.report.write_text(json.dumps(report | {"mistakes": [mistake]}))
+    return folder
+
+
+def test_a_report_shows_scores_curves_classes_and_settings(run_folder):
+    write_html_report(run_folder)
+    page = run_folder.html.read_text()
+    report = json.loads(run_folder.report.read_text())
+    assert f"{100 * report['test']['accuracy']:.2f} %" in page
+    assert page.count("<svg") == 4 and "Validation scores" in page and "Test split: texts by class" in page
+    for name in report["label_names"]:
+        assert f"<td>{name}</td>" in page
+    assert "learning_rate = 0.02" in page and f"{report['trainable_parameters']:,}" in page
+
+
+def test_what_data_contains_is_shown_as_text(run_folder):
+    write_html_report(run_folder)
+    page = run_folder.html.read_text()
+    assert "<script" not in page and "<img" not in page and "<b>" not in page
+    assert "&lt;script&gt;document.title" in page and "a&lt;b&gt;" in page
+
+
+def test_a_run_cut_off_shows_what_there_is_and_says_what_is_missing(run_folder):
+    run_folder.report.unlink()
+    write_html_report(run_folder)
+    page = run_folder.html.read_text()
+    assert "This run was cut off: there are no test scores" in page and page.count("<svg") == 3
+    lines = [line for line in run_folder.metrics.read_text().splitlines() if "split" not in line]
+    run_folder.metrics.write_text("\n".join(lines) + "\n")
+    write_html_report(run_folder)
+    assert "no validation scores yet" in run_folder.html.read_text()
+    run_folder.metrics.unlink()
+    write_html_report(run_folder)
+    page = run_folder.html.read_text()
+    assert "no training steps" in page and "<svg" not in page and "learning_rate = 0.02" in page
+
+
+def test_damaged_files_are_named(run_folder, tmp_path):
+    run_folder.metrics.write_text("{broken\n")
+    with pytest.raises(ConfigError, match="a file is damaged"):
+        write_html_report(run_folder)
+    with pytest.raises(ConfigError, match="not a run folder"):
+        write_html_report(RunFolder(tmp_path / "nothing"))
+
+
+def test_a_browser_opens_it_without_an_error_or_a_request(run_folder, tmp_path):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine")
+    requests = []
+
+    class Listening(BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            self.send_error(404)
+
+        do_CONNECT = do_GET
+
+        def log_message(self, *_arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Listening)
+    Thread(target=server.serve_forever, daemon=True).start()
+    report = json.loads(run_folder.report.read_text())
+    report["mistakes"][0]["text"] = EVIL.format(port=server.server_port)
+    run_folder.report.write_text(json.dumps(report))
+    write_html_report(run_folder)
+
+    def dump(path, name):
+        # Whatever is asked of any host but this machine goes to the listening server, as to a proxy.
+        command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--enable-logging=stderr"]
+        command += [f"--user-data-dir={tmp_path / name}", "--disable-background-networking", "--no-first-run"]
+        command += ["--disable-component-update", "--disable-sync", path.as_uri()]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(tmp_path)}
+        )
+
+    done = dump(run_folder.html, "profile")
+    assert done.returncode == 0, done.stderr[-500:]
+    assert "<title>Run run</title>" in done.stdout and "document.title" in done.stdout
+    assert "CONSOLE" not in done.stderr, done.stderr
+    assert requests == []
+
+    loud = tmp_path / "loud.html"  # to show that this test can fail
+    loud.write_text(f"<script>console.error('oh')</script>{EVIL.format(port=server.server_port)}")
+    done = dump(loud, "profile2")
+    server.shutdown()
+    assert "CONSOLE" in done.stderr and requests == ["/x.png"]

@@ -1,0 +1,32 @@
+"""Pages for a browser: one HTML file each, with nothing to load from anywhere.
+
+What data contains is shown as text, never as markup: the templates escape it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_page(template: str, path: Path, **values: Any) -> None:
+    """Fill a template of training/templates and write it, whole or not at all. Values that are SVG are `Markup`."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    text = environment.get_template(template).render(**values)
+    part = path.with_name(f"{path.name}.part{os.getpid()}")
+    try:
+        part.write_text(text, encoding="utf-8", errors="replace")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
