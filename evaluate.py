@@ -2,6 +2,8 @@
 
     python evaluate.py runs/quickstart
     python evaluate.py runs/quickstart --text "Oil prices rise" "Cup final goes to penalties"
+    python evaluate.py runs/quickstart --predict unlabelled.csv --out submission.csv
+    python evaluate.py runs/quickstart --speed
     python evaluate.py runs/quickstart --merged --export merged/
 
 The folder is a run of `train.py`, or an adapter that peft wrote.
@@ -9,6 +11,8 @@ The folder is a run of `train.py`, or an adapter that peft wrote.
 
 from __future__ import annotations
 
+import copy
+import csv
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -22,7 +26,7 @@ import tyro
 from data.assets import fetch_checkpoint
 from data.batching import EncodedSplit, encode_split, evaluation_batches
 from data.cleaning import CleaningConfig, make_cleaner
-from data.sources import DataConfig, Split, load_source
+from data.sources import DataConfig, Split, load_source, read_unlabelled
 from lora.adapter import adapter_shapes, load_adapter, read_base_model
 from lora.inject import merge_lora, unload_lora
 from roberta.config import RobertaConfig
@@ -36,6 +40,7 @@ from training.precision import Compute, choose_compute
 from training.progress import say
 from training.run_folder import RunFolder
 from training.scoring import predict, score
+from training.speed import measure_speed, speed_table
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,18 @@ class Arguments:
     """Texts to classify."""
     file: Path | None = None
     """A file with one text to classify a line."""
+    predict: Path | None = None
+    """A CSV, TSV, JSONL or Parquet file of texts without labels, to be classified into --out."""
+    out: Path | None = None
+    """Where --predict writes: a CSV file with the columns ID and label."""
+    text_columns: tuple[str, ...] = ("text",)
+    """For --predict: the columns of the text, joined by a space."""
+    id_column: str | None = None
+    """For --predict: the column of the ID; id or ID if there is one, else the row's number from 0, unless given."""
+    indices: bool = False
+    """For --predict: write the number of the class instead of its name."""
+    speed: bool = False
+    """Measure texts a second and the time of a call, adapters separate and merged, at batch 1 and 64."""
     merged: bool = False
     """Fold the adapters into the weights first."""
     export: Path | None = None
@@ -166,10 +183,69 @@ def _logits(trained: Trained, split: EncodedSplit) -> torch.Tensor:
     return predict(trained.model, batches, len(split.labels), trained.compute)
 
 
-def evaluate(arguments: Arguments) -> int:
-    """Do what the arguments ask for; returns the exit code."""
+def write_predictions(trained: Trained, arguments: Arguments) -> None:
+    """Classify the rows of --predict into --out, whole or not at all."""
+    source, out = arguments.predict, arguments.out
+    assert source is not None and out is not None, "checked by check_arguments"
+    ids, texts = read_unlabelled(source, arguments.text_columns, arguments.id_column)
+    predicted = classify(trained, texts).argmax(dim=1).tolist()
+    part = out.with_name(f"{out.name}.part")
+    try:
+        with part.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(("ID", "label"))
+            labels = predicted if arguments.indices else [trained.label_names[i] for i in predicted]
+            writer.writerows(zip(ids, labels, strict=True))
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)
+    say(f"written     {out}: {len(ids):,} rows")
+
+
+def report_speed(trained: Trained) -> None:
+    """Print texts a second and the time of a call on the test texts, adapters separate and merged, side by side."""
+    split = encode_split(_test_split(trained), trained.tokenizer, description="tokenizing test")
+    merged = copy.deepcopy(trained.model)
+    merge_lora(merged)
+    models = {"adapters separate": trained.model, "adapters merged": unload_lora(merged)}
+    rows = []
+    for size, calls in ((1, 100), (64, 10)):
+        batches = evaluation_batches(split, size, trained.tokenizer.pad_token_id, "longest", trained.compute.device)
+        whole = [batch for batch in batches if len(batch.labels) == size]
+        # Evenly from the shortest to the longest texts.
+        chosen = [whole[i * len(whole) // calls] for i in range(calls)] if len(whole) > calls else whole
+        if chosen:
+            rows += measure_speed(models, chosen, trained.compute).items()
+    say(f"compute     {trained.compute.describe()}, from token ids to logits\n")
+    say(speed_table(rows))
+
+
+def _test_split(trained: Trained) -> Split:
+    """The cleaned test texts of the settings. Raises ConfigError if there are no settings, or other classes."""
+    if trained.config is None:
+        raise ConfigError("an adapter alone has no test split; add --config FILE.toml, or --text")
+    text = load_source(trained.config.data, trained.config.train.seed).cleaned(trained.config.data.cleaning)
+    say(f"data        {text.origin}, {len(text.test.texts):,} test texts")
+    if len(text.label_names) != len(trained.label_names):
+        raise ConfigError(f"{text.origin} has {len(text.label_names)} classes, the adapter {len(trained.label_names)}")
+    return text.test
+
+
+def check_arguments(arguments: Arguments) -> None:
+    """Raise ConfigError for arguments that don't go together, and files that would be replaced, before any work."""
     if arguments.export is not None and arguments.export.exists() and any(arguments.export.iterdir()):
         raise ConfigError(f"{arguments.export}: is not empty; export to a new folder")
+    if (arguments.predict is None) != (arguments.out is None):
+        raise ConfigError("--predict FILE and --out FILE go together; give both")
+    if arguments.out is not None and arguments.out.exists():
+        raise ConfigError(f"{arguments.out} exists; remove it, or give another --out")
+    if arguments.speed and (arguments.merged or arguments.export is not None):
+        raise ConfigError("--speed measures both, merged and not; leave --merged and --export out")
+
+
+def evaluate(arguments: Arguments) -> int:
+    """Do what the arguments ask for; returns the exit code."""
+    check_arguments(arguments)
     texts = read_texts(arguments)
     trained = load_trained(arguments)
     if arguments.merged or arguments.export is not None:
@@ -180,17 +256,13 @@ def evaluate(arguments: Arguments) -> int:
         for text, row in zip(texts, classify(trained, texts), strict=True):
             order = row.argsort(descending=True)[:4].tolist()
             say("  ".join(f"{trained.label_names[i]} {row[i]:.3f}" for i in order) + f"   {text[:80]}")
+    elif arguments.predict is not None:
+        write_predictions(trained, arguments)
+    elif arguments.speed:
+        report_speed(trained)
     elif arguments.export is None:
-        if trained.config is None:
-            raise ConfigError(f"{arguments.run}: an adapter alone has no test split; add --config FILE.toml, or --text")
-        text = load_source(trained.config.data, trained.config.train.seed).cleaned(trained.config.data.cleaning)
-        say(f"data        {text.origin}, {len(text.test.texts):,} test texts")
-        if len(text.label_names) != len(trained.label_names):
-            raise ConfigError(
-                f"{text.origin} has {len(text.label_names)} classes, the adapter {len(trained.label_names)}"
-            )
-        split = encode_split(text.test, trained.tokenizer, description="tokenizing test")
-        scores = score(_logits(trained, split), split.labels, text.label_names)
+        split = encode_split(_test_split(trained), trained.tokenizer, description="tokenizing test")
+        scores = score(_logits(trained, split), split.labels, trained.label_names)
         say(f"\n{scores.table()}")
         say(
             f"\ntest accuracy {100 * scores.accuracy:.2f} %   macro precision {scores.precision:.3f}   recall "

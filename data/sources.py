@@ -234,6 +234,27 @@ def _from_files(config: DataConfig, seed: int) -> LabelledText:
     return _assemble(config, seed, train, validation, test, None, None, origin)
 
 
+def read_unlabelled(
+    path: Path, text_columns: tuple[str, ...] = ("text",), id_column: str | None = None
+) -> tuple[list[str], list[str]]:
+    """Ids and texts of a CSV, TSV, JSONL or Parquet file without labels.
+
+    The id is the column `id_column`, else a column called id or ID, else the row's number from 0. Raises DataError
+    that names the file, the row and the mend.
+    """
+    ids, texts = [], []
+    for number, (where, row) in enumerate(_checked_rows(path, (*text_columns, *([id_column] if id_column else ())))):
+        text = " ".join(_file_text(row[name], name, where) for name in text_columns)
+        if not text.strip():
+            raise DataError(f"{where}: the text is empty; remove the row or fill it in")
+        column = id_column or next((name for name in ("id", "ID") if name in row), None)
+        ids.append(str(number if column is None else row[column]))
+        texts.append(text)
+    if not texts:
+        raise DataError(f"{path}: no rows; give a file that has some")
+    return ids, texts
+
+
 # --- files to rows ------------------------------------------------------------------------------------------------
 
 
@@ -246,18 +267,23 @@ def _all_rows(path: Path, rows: Iterator[_Row]) -> list[_Row]:
 
 
 def _file_rows(path: Path, text_columns: tuple[str, ...], label_column: str) -> Iterator[_Row]:
-    """The rows of one file by its extension."""
+    """The rows of one file, its labels made text."""
+    for where, row in _checked_rows(path, (*text_columns, label_column)):
+        text = " ".join(_file_text(row[name], name, where) for name in text_columns)
+        yield _Row(text, _file_label(row[label_column], label_column, where), where)
+
+
+def _checked_rows(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place and columns of each row of one file, read by its extension; every row has the wanted columns."""
     readers = {".csv": _delimited, ".tsv": _delimited, ".jsonl": _json_lines, ".parquet": _parquet}
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path}: unknown kind of file; use {', '.join(_FORMATS)}")
-    wanted = (*text_columns, label_column)
     for where, row in reader(path, wanted):
         missing = [name for name in wanted if name not in row]
         if missing:
             raise DataError(f"{where}: no column {missing[0]!r}; there are {', '.join(map(str, row))}")
-        text = " ".join(_file_text(row[name], name, where) for name in text_columns)
-        yield _Row(text, _file_label(row[label_column], label_column, where), where)
+        yield where, row
 
 
 def _file_text(value: Any, column: str, where: str) -> str:
@@ -339,7 +365,7 @@ def _parquet(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, dict[st
     missing = [name for name in wanted if name not in table.column_names]
     if missing:
         raise DataError(f"{path}: no column {missing[0]!r}; there are {', '.join(table.column_names)}")
-    for number, row in enumerate(table.select(list(dict.fromkeys(wanted))).to_pylist(), start=1):
+    for number, row in enumerate(table.to_pylist(), start=1):
         yield f"{path}, row {number}", row
 
 

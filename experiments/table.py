@@ -137,14 +137,20 @@ def _start(run: Planned, output: Path, place: int, places: int, gpus: int) -> su
     path = output / "configs" / f"{run.folder}.toml"
     write_config(config, path)
     environment = dict(os.environ)
-    if gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = str(place % gpus)
-    elif "OMP_NUM_THREADS" not in environment:
+    if gpus > 1:  # a single one is what the process sees anyway
+        environment["CUDA_VISIBLE_DEVICES"] = _visible_gpus(gpus)[place % gpus]
+    elif not gpus and "OMP_NUM_THREADS" not in environment:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // places))
     with (output / "logs" / f"{run.folder}.log").open("wb") as log:
         return subprocess.Popen(
             [sys.executable, str(_TRAIN), str(path)], stdout=log, stderr=subprocess.STDOUT, env=environment
         )
+
+
+def _visible_gpus(gpus: int) -> list[str]:
+    """Names of the GPUs that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else list(map(str, range(gpus)))
 
 
 def _gpus() -> int:

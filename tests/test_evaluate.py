@@ -3,6 +3,8 @@
 import json
 
 import peft
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 import transformers
@@ -153,3 +155,81 @@ def test_texts_are_cleaned_as_in_training(command, tiny_config, tiny_data):
     _, plain, _ = command(tiny_data / "clean", "--text", "a goal in the match")
     _, loud, _ = command(tiny_data / "clean", "--text", "&lt;b&gt;A GOAL&lt;/b&gt; IN  THE MATCH")
     assert plain.splitlines()[-1].split("   ")[0] == loud.splitlines()[-1].split("   ")[0]
+
+
+def write_unlabelled(path, rows):
+    """The same rows as CSV, TSV, JSONL or Parquet."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        mark = "," if path.suffix == ".csv" else "\t"
+        path.write_text("\n".join(mark.join(line) for line in [rows[0], *(row.values() for row in rows)]) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
+def test_unlabelled_files_are_classified_into_a_submission(command, finished, tmp_path, kind):
+    folder, _ = finished
+    rows = [{"id": "b7", "text": "the goal of the match"}, {"id": "a1", "text": "oil price today"}]
+    source = write_unlabelled(tmp_path / f"new.{kind}", rows)
+    out = tmp_path / "submission.csv"
+    code, _, err = command(folder, "--predict", source, "--out", out)
+    assert code == 0, err
+    assert out.read_text() == "ID,label\nb7,sports\na1,business\n"
+    assert command(folder, "--predict", source, "--out", tmp_path / "i.csv", "--indices")[0] == 0
+    assert (tmp_path / "i.csv").read_text() == "ID,label\nb7,1\na1,0\n"  # business before sports
+    assert sorted(path.name for path in tmp_path.glob("*.part")) == []
+
+
+def test_columns_of_text_and_id_are_chosen_or_numbered(command, finished, tmp_path):
+    folder, _ = finished
+    rows = [{"n": "x", "title": "the goal", "body": "of the match"}, {"n": "y", "title": "oil price", "body": "today"}]
+    source = write_unlabelled(tmp_path / "new.csv", rows)
+    options = ("--predict", source, "--text-columns", "title", "body")
+    assert command(folder, *options, "--out", tmp_path / "a.csv")[0] == 0
+    assert (tmp_path / "a.csv").read_text() == "ID,label\n0,sports\n1,business\n"
+    assert command(folder, *options, "--id-column", "n", "--out", tmp_path / "b.csv")[0] == 0
+    assert (tmp_path / "b.csv").read_text() == "ID,label\nx,sports\ny,business\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "says"),
+    [
+        ("id,text\n1,\n", (), r"new.csv, row 2: the text is empty"),
+        ("id,words\n1,a\n", (), "no column 'text'; there are id, words"),
+        ("id,text\n", (), "new.csv: no rows"),
+        ("id,text\n1,a\n", ("--id-column", "key"), "no column 'key'"),
+    ],
+)
+def test_an_unlabelled_file_that_can_not_be_used(command, finished, tmp_path, content, options, says):
+    folder, _ = finished
+    (tmp_path / "new.csv").write_text(content)
+    code, _, err = command(folder, "--predict", tmp_path / "new.csv", "--out", tmp_path / "o.csv", *options)
+    assert code == EXIT_BAD_INPUT and says in err and err.count("\n") == 1
+    assert not (tmp_path / "o.csv").exists()
+
+
+def test_predict_needs_a_place_that_is_free(command, finished, tmp_path):
+    folder, _ = finished
+    source = write_unlabelled(tmp_path / "new.csv", [{"text": "oil"}])
+    code, _, err = command(folder, "--predict", source)
+    assert code == EXIT_BAD_INPUT and "--out" in err
+    (tmp_path / "o.csv").write_text("mine")
+    code, _, err = command(folder, "--predict", source, "--out", tmp_path / "o.csv")
+    assert code == EXIT_BAD_INPUT and "exists" in err and (tmp_path / "o.csv").read_text() == "mine"
+
+
+def test_speed_is_told_for_both_forms_and_batch_sizes(command, finished):
+    folder, _ = finished
+    code, out, _ = command(folder, "--speed")
+    lines = [line.split() for line in out.splitlines() if line.startswith("adapters ")]
+    assert code == 0
+    # 40 test texts: no whole batch of 64.
+    assert [(line[1], line[2]) for line in lines] == [("separate", "1"), ("merged", "1")]
+    for line in lines:
+        rate, median, p95 = (float(number.replace(",", "")) for number in line[3:6])
+        assert rate > 0 and 0 < median <= p95
+    code, _, err = command(folder, "--speed", "--merged")
+    assert code == EXIT_BAD_INPUT and "--speed measures both" in err

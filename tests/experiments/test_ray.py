@@ -1,0 +1,30 @@
+"""The recipe for Ray, on this machine."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_table_on_a_local_ray(tiny_config, tmp_path):
+    pytest.importorskip("ray", reason="the extra 'ray' is not installed")
+    command = [sys.executable, "-m", "experiments.ray_table", str(tiny_config), "--seeds", "2", "--output"]
+    command += [str(tmp_path / "table"), "--set", "train.epochs=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-800:]
+    assert "[2/2] finished" in done.stdout and "2 of these finished before" in done.stdout
+    (row,) = csv.DictReader((tmp_path / "table" / "results.csv").open())
+    assert row["seeds"] == "2 of 2"
+
+
+def test_without_ray_the_extra_is_named(tiny_config, tmp_path):
+    code = "import sys; sys.modules['ray'] = None\nimport runpy\nsys.argv = sys.argv[:1] + sys.argv[1:]\n"
+    code += "runpy.run_module('experiments.ray_table', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tiny_config)], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and ".[ray]" in done.stderr and done.stderr.count("\n") == 1
