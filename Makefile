@@ -2,13 +2,14 @@
 
 PYTHON ?= python3
 CONFIG ?= experiments/quickstart.toml
+TABLE_CONFIG = $(if $(filter file,$(origin CONFIG)),experiments/agnews,$(CONFIG))
 ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint clean
+.PHONY: help setup train table test lint clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -23,6 +24,9 @@ setup: $(VENV)/.installed ## create .venv and install what running needs (the ot
 
 train: $(VENV)/.installed ## train and score: CONFIG=file.toml, ARGS="--lora.rank 8 ..."
 	@$(BIN)/python train.py $(CONFIG) $(ARGS)
+
+table: $(VENV)/.installed ## run a set of configurations into one table: CONFIG=folder or file, ARGS="--seeds 3 --jobs 2"
+	@$(BIN)/python -m experiments.table $(TABLE_CONFIG) $(ARGS)
 
 # One thread a worker: two workers that both use two threads get in each other's way.
 test: $(VENV)/.installed-dev ## run all proofs and tests

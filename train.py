@@ -39,7 +39,7 @@ from training.plots import draw_plots
 from training.precision import Compute, choose_compute
 from training.progress import Progress, minutes, say
 from training.report import build_report, peak_memory_bytes
-from training.run_folder import RunFolder
+from training.run_folder import RunFolder, check_board
 from training.scoring import Scores, confident_mistakes, predict, score
 
 
@@ -139,6 +139,8 @@ def train(config: RunConfig) -> int:
     settings, started = config.train, time.perf_counter()
     folder = RunFolder(config.output)
     folder.check_free(config.overwrite)
+    if settings.tensorboard:
+        check_board()
     compute = choose_compute(settings)
     seed_everything(settings.seed)
 

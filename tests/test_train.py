@@ -355,3 +355,19 @@ def test_eda_on_another_script_is_refused(run, tiny_config, tiny_data):
     code, _, err = run(tiny_config, "--data.augmentation.n-aug", 1)
     assert code == EXIT_BAD_INPUT and "not in Latin script" in err and err.count("\n") == 1
     assert not (tiny_data / "run").exists()
+
+
+def test_tensorboard_gets_what_is_logged(run, tiny_config, tiny_data):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert run(tiny_config, "--train.tensorboard", "--train.epochs", 1)[0] == 0
+    board = accumulator.EventAccumulator(str(tiny_data / "run" / "tensorboard")).Reload()
+    lines = [json.loads(line) for line in (tiny_data / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [(line["step"], line["loss"]) for line in lines if "split" not in line]
+    assert [(event.step, pytest.approx(event.value)) for event in board.Scalars("training/loss")] == losses
+    assert len(board.Scalars("validation/accuracy")) == 1
+
+
+def test_without_tensorboard_the_extra_is_named(run, tiny_config, tiny_data, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, err = run(tiny_config, "--train.tensorboard")
+    assert code == EXIT_BAD_INPUT and ".[tensorboard]" in err and not (tiny_data / "run").exists()

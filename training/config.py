@@ -76,6 +76,8 @@ class TrainConfig:
     """Seeds Python, numpy, torch, the validation split and the order of batches."""
     log_every: int = 10
     """Optimizer steps between two lines of metrics.jsonl."""
+    tensorboard: bool = False
+    """Write the same for TensorBoard as well, into tensorboard/ of the run folder (the extra "tensorboard")."""
 
     def __post_init__(self) -> None:
         positive = ("epochs", "batch_size", "accumulation_steps", "eval_batch_size", "learning_rate", "log_every")

@@ -7,10 +7,12 @@ adapter/         the best adapter so far: peft's two files and the tokenizer
 report.json      final scores, counts, times
 report.html      all of it on one page
 plots/           the curves as images
+tensorboard/     what metrics.jsonl holds, for TensorBoard, if asked for
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -32,6 +34,7 @@ class RunFolder:
         self.report = self.path / "report.json"
         self.html = self.path / "report.html"
         self.plots = self.path / "plots"
+        self._board: Any = None
 
     def check_free(self, overwrite: bool) -> None:
         """Raise ConfigError if the folder exists and may not be replaced. Nothing is changed."""
@@ -51,6 +54,8 @@ class RunFolder:
         if self.path.exists():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True)
+        if config.train.tensorboard:
+            self._board = _open_board(self.path / "tensorboard")
         write_config(config, self.config)
         self.labels.write_text(json.dumps(label_names, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -58,6 +63,11 @@ class RunFolder:
         """Append a line to metrics.jsonl."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+        if self._board is not None:
+            part = values.get("split", "training")
+            for name in set(values) - {"step", "epoch", "split"}:
+                self._board.add_scalar(f"{part}/{name}", values[name], values["step"])
+            self._board.flush()
 
     def write_report(self, report: dict[str, Any]) -> None:
         """Write report.json, whole or not at all."""
@@ -77,6 +87,18 @@ class RunFolder:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ConfigError(f"{self.labels}: must be a list of names")
         return tuple(names)
+
+
+def check_board() -> None:
+    """Raise ConfigError if TensorBoard's writer is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("train.tensorboard needs the extra: pip install -e '.[tensorboard]'")
+
+
+def _open_board(path: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # there if `check_board` passed
+
+    return SummaryWriter(str(path))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
