@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ops.dropout import Dropout
+
 
 class LoRALinear(nn.Module):
     """An `nn.Linear` (`base`, frozen here) with a trainable update of rank `rank`.
@@ -39,7 +41,7 @@ class LoRALinear(nn.Module):
         self.rank = rank
         self.alpha = alpha
         self.scaling = self.scaling_of(rank, alpha, use_rslora)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         like = {"device": base.weight.device, "dtype": torch.promote_types(base.weight.dtype, torch.float32)}
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **like))
         self.lora_B = nn.Parameter(torch.empty(base.out_features, rank, **like))

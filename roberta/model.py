@@ -11,10 +11,13 @@ Sources: Vaswani et al. 2017 (attention), Devlin et al. 2018 (BERT), Liu et al. 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ops.dropout import Dropout
 from roberta.config import RobertaConfig
 
 
@@ -34,7 +37,7 @@ class Embeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, hidden, padding_idx=padding)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, hidden)
         self.LayerNorm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(batch, seq) ids and mask -> (batch, seq, hidden)."""
@@ -82,11 +85,11 @@ class AddAndNorm(nn.Module):
         super().__init__()
         self.dense = nn.Linear(in_features, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """(batch, seq, in) and (batch, seq, hidden) -> (batch, seq, hidden)."""
-        return self.LayerNorm(residual + self.dropout(self.dense(x)))
+        return self.LayerNorm(self.dropout.add_to(residual, self.dense(x)))
 
 
 class Attention(nn.Module):
@@ -94,16 +97,16 @@ class Attention(nn.Module):
 
         context_h = softmax(Q_h K_h^T / sqrt(head) + M) V_h,   y = LayerNorm(x + dropout(W_o [context_1 ... context_H]))
 
-    M is 0 where the key is a real token and -inf where it is padding. The division, softmax, dropout on the
-    probabilities and product with V are PyTorch's `scaled_dot_product_attention`, which picks a fused kernel where it
-    has one. Source: Vaswani et al. 2017, section 3.2.
+    M is 0 where the key is a real token and -inf where it is padding. The division, softmax and product with V are
+    PyTorch's `scaled_dot_product_attention`, which picks a fused kernel where it has one; with dropout on the
+    probabilities it has none on a CPU, and they are written out. Source: Vaswani et al. 2017, section 3.2.
     """
 
     def __init__(self, config: RobertaConfig) -> None:
         super().__init__()
         hidden = config.hidden_size
         self.num_heads = config.num_attention_heads
-        self.dropout_prob = config.attention_probs_dropout_prob
+        self.dropout = Dropout(config.attention_probs_dropout_prob)
         # Called "self" because the checkpoints call it so: attention.self.query is the path of W_q.
         self.self = PackedLinear(hidden, {"query": hidden, "key": hidden, "value": hidden})
         self.output = AddAndNorm(hidden, config)
@@ -119,14 +122,17 @@ class Attention(nn.Module):
             hidden_states, whole = hidden_states[:, :queries], hidden_states
             query = self.self(hidden_states, ("query",))
             key, value = self.self(whole, ("key", "value")).chunk(2, dim=-1)
-        context = F.scaled_dot_product_attention(
-            self._split_heads(query),
-            self._split_heads(key),
-            self._split_heads(value),
-            attn_mask=key_mask,
-            dropout_p=self.dropout_prob if self.training else 0.0,
-        )  # (batch, heads, queries, head)
+        context = self._attend(*map(self._split_heads, (query, key, value)), key_mask)  # (batch, heads, queries, head)
         return self.output(context.transpose(1, 2).flatten(2), residual=hidden_states)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor) -> Tensor:
+        """(batch, heads, queries or seq, head) each and (batch, 1, 1, seq) -> (batch, heads, queries, head)."""
+        dropout_prob = self.dropout.p if self.training else 0.0
+        if dropout_prob == 0 or query.device.type != "cpu":
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask, dropout_p=dropout_prob)
+        scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (batch, heads, queries, seq)
+        probabilities = scores.masked_fill(~key_mask, -math.inf).softmax(dim=-1)
+        return self.dropout(probabilities) @ value
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """(batch, seq, hidden) -> (batch, heads, seq, head)."""
@@ -210,7 +216,7 @@ class ClassificationHead(nn.Module):
         super().__init__()
         dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
 
     def forward(self, sentence: Tensor) -> Tensor:

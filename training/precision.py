@@ -26,11 +26,14 @@ class Compute:
     precision: str
     """bf16, fp16 or fp32."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format as torch calls it."""
+        return _DTYPES[self.precision]
+
     def autocast(self) -> torch.autocast:
         """The context in which matmuls run in the chosen format; does nothing for fp32."""
-        return torch.autocast(
-            self.device.type, dtype=_DTYPES[self.precision], enabled=self.precision != "fp32", cache_enabled=True
-        )
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.precision != "fp32", cache_enabled=True)
 
     def grad_scaler(self) -> torch.amp.GradScaler:
         """Loss scaling for fp16; for the others a scaler that passes everything through."""

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from lora.linear import LoRALinear, PackedLoRALinear
+from ops.dropout import Dropout
 from roberta.model import PackedLinear
 
 
@@ -129,7 +129,7 @@ def test_packed_dropout_draws_one_mask_for_all_blocks_and_none_at_evaluation(mak
     torch.manual_seed(5)
     y = layer.train()(x)
     torch.manual_seed(5)
-    dropped = F.dropout(x, 0.5, training=True)
+    dropped = Dropout(0.5)(x)
     expected = []
     for name in ("query", "key", "value"):
         block = layer.get_submodule(name)
@@ -147,7 +147,7 @@ def test_single_dropout_is_on_the_input_of_the_update_alone():
     torch.manual_seed(5)
     y = layer.train()(x)
     torch.manual_seed(5)
-    expected = layer.base(x) + layer.scaling * F.dropout(x, 0.5) @ layer.lora_A.T @ layer.lora_B.T
+    expected = layer.base(x) + layer.scaling * Dropout(0.5)(x) @ layer.lora_A.T @ layer.lora_B.T
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
 
 

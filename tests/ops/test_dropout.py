@@ -1,0 +1,92 @@
+"""Dropout from bulk random bits: the distribution that it promises, and the same mask in both directions."""
+
+import math
+
+import pytest
+import torch
+
+from ops.dropout import Dropout, dropout_mask, rounded
+
+PROBABILITIES = [0.1, 0.25, 0.5, 0.9]
+
+
+def drawn(p, *shape, seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    return dropout_mask(torch.empty(*shape, dtype=dtype), p)
+
+
+@pytest.mark.parametrize("p", PROBABILITIES)
+def test_the_share_kept_is_that_of_the_rounded_probability(p):
+    n = 4_000_000
+    mask = drawn(p, n)
+    assert set(mask.unique().tolist()) == {0.0, 1.0}
+    deviation = (mask.double().mean().item() - (1 - rounded(p))) / math.sqrt(p * (1 - p) / n)
+    assert abs(deviation) < 4, f"{deviation:.1f} standard errors"
+    assert abs(rounded(p) - p) <= 2**-17
+
+
+@pytest.mark.parametrize("p", PROBABILITIES)
+def test_neighbours_rows_and_the_four_elements_of_a_word_are_independent(p):
+    mask = drawn(p, 2000, 1000).double() - (1 - rounded(p))
+    variance = p * (1 - p)
+    pairs = {f"{lag} apart": (mask[:, :-lag] * mask[:, lag:]) for lag in (1, 2, 3, 4, 5, 8, 16)}
+    pairs |= {f"{lag} rows apart": mask[:-lag] * mask[lag:] for lag in (1, 2, 4)}
+    for name, products in pairs.items():
+        correlation = products.mean().item() / variance
+        assert abs(correlation) * math.sqrt(products.numel()) < 4.5, name
+    by_place = mask.flatten().view(-1, 4).mean(dim=0)  # each quarter of a word as often as the others
+    assert by_place.abs().max().item() / math.sqrt(variance / (mask.numel() / 4)) < 4.5
+
+
+@pytest.mark.parametrize("p", PROBABILITIES)
+def test_mean_and_variance_of_the_output(p):
+    torch.manual_seed(1)
+    x = torch.randn(2_000_000, dtype=torch.float64)
+    y = Dropout(p)(x)
+    assert (y - x).mean().item() == pytest.approx(0, abs=5 * math.sqrt(p / (1 - p) / x.numel()))
+    assert y.var().item() == pytest.approx(1 / (1 - p), rel=0.02)
+
+
+def test_the_backward_pass_uses_the_same_mask():
+    torch.manual_seed(0)
+    for layer_call in (lambda layer, x: layer(x), lambda layer, x: layer.add_to(torch.zeros_like(x), x)):
+        x = torch.randn(64, 33, requires_grad=True)
+        y = layer_call(Dropout(0.3), x)
+        y.sum().backward()
+        assert torch.equal(x.grad == 0, y == 0)
+        kept = y != 0
+        assert torch.allclose(x.grad[kept], torch.full((), 1 / (1 - rounded(0.3))))
+
+
+def test_adding_to_a_residual_is_dropout_then_sum():
+    x, residual = torch.randn(7, 9), torch.randn(7, 9, requires_grad=True)
+    layer = Dropout(0.4)
+    torch.manual_seed(5)
+    together = layer.add_to(residual, x)
+    torch.manual_seed(5)
+    torch.testing.assert_close(together, residual + layer(x))
+    together.sum().backward()
+    assert torch.equal(residual.grad, torch.ones_like(residual))
+
+
+def test_a_seed_decides_the_mask_and_every_call_draws_anew():
+    assert torch.equal(drawn(0.5, 1001, seed=3), drawn(0.5, 1001, seed=3))
+    assert not torch.equal(drawn(0.5, 1001, seed=3), drawn(0.5, 1001, seed=4))
+    torch.manual_seed(0)
+    assert not torch.equal(dropout_mask(torch.empty(1001), 0.5), dropout_mask(torch.empty(1001), 0.5))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_nothing_happens_at_evaluation_or_with_p_zero(p):
+    x = torch.randn(5, 6)
+    layer = Dropout(p).eval() if p else Dropout(p).train()
+    assert layer(x) is x and torch.equal(layer.add_to(x, x), x + x)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (4,), (5,), (2, 3, 5), (0,)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_any_shape_and_type(shape, dtype):
+    x = torch.ones(shape, dtype=dtype)
+    y = Dropout(0.5)(x)
+    assert y.shape == x.shape and y.dtype == dtype
+    assert Dropout(0.5).add_to(x.float(), x).shape == x.shape
