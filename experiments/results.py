@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from markupsafe import Markup
 
@@ -175,10 +176,18 @@ def write_results(
         title=f"{len(rows)} configurations",
         overrides=overrides,
         header=list(cells[0]),
-        rows=[list(row.values()) for row in cells],
+        rows=[
+            {"cells": list(shown.values()), "report": _link(row, folder)}
+            for row, shown in zip(rows, cells, strict=True)
+        ],
         failed=failed,
         plots=plots,
     )
+
+
+def _link(row: Row, folder: Path) -> str | None:
+    """Where the report of a row's first seed lies, as seen from the table's folder."""
+    return None if row.folder is None else f"{quote(os.path.relpath(row.folder, folder))}/report.html"
 
 
 def _write(path: Path, text: str) -> None:

@@ -9,7 +9,9 @@ from threading import Thread
 
 import pytest
 
+from experiments.report import Arguments, main
 from train import train
+from training.command_line import EXIT_BAD_INPUT, run_command
 from training.config import read_config
 from training.errors import ConfigError
 from training.html_report import write_html_report
@@ -113,3 +115,11 @@ def test_a_browser_opens_it_without_an_error_or_a_request(run_folder, tmp_path):
     done = dump(loud, "profile2")
     server.shutdown()
     assert "CONSOLE" in done.stderr and requests == ["/x.png"]
+
+
+def test_the_command_writes_them_again_and_refuses_what_is_no_run(run_folder, tmp_path):
+    run_folder.html.unlink()
+    run_folder.report.unlink()
+    assert run_command(lambda: main(Arguments((run_folder.path,)))) == 0
+    assert "This run was cut off" in run_folder.html.read_text()
+    assert run_command(lambda: main(Arguments((tmp_path / "nothing",)))) == EXIT_BAD_INPUT
