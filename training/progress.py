@@ -17,11 +17,12 @@ def say(line: str = "") -> None:
 class Progress:
     """Progress over all optimizer steps of a run: loss, learning rate, tokens a second, time left."""
 
-    def __init__(self, total_steps: int) -> None:
+    def __init__(self, total_steps: int, done: int = 0) -> None:
         self.total_steps = total_steps
-        self.done = 0
+        self.done = done
+        self._done_before = done
         self._terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=total_steps, unit="step", disable=not self._terminal, dynamic_ncols=True)
+        self._bar = tqdm(total=total_steps, initial=done, unit="step", disable=not self._terminal, dynamic_ncols=True)
         self._training_seconds = 0.0
         self._tokens = 0
         self._since = time.perf_counter()
@@ -42,7 +43,7 @@ class Progress:
             self._bar.set_postfix_str(f"loss {loss:.4f}, lr {learning_rate:.2e}, {rate:,.0f} tokens/s", refresh=False)
             self._bar.update(steps)
         elif 10 * before // self.total_steps != 10 * self.done // self.total_steps:
-            left = self._training_seconds / self.done * (self.total_steps - self.done)
+            left = self._training_seconds / (self.done - self._done_before) * (self.total_steps - self.done)
             say(
                 f"step {self.done:>5}/{self.total_steps}  loss {loss:.4f}  lr {learning_rate:.2e}  "
                 f"{rate:,.0f} tokens/s  {minutes(left)} left"

@@ -4,6 +4,7 @@ config.toml      the settings that were used
 labels.json      names of the classes, in the order of the logits
 metrics.jsonl    a line a logged step, a line an evaluation
 adapter/         the best adapter so far: peft's two files and the tokenizer
+checkpoint/      all that an exact resume needs, while the run is not finished
 report.json      final scores, counts, times
 report.html      all of it on one page
 plots/           the curves as images
@@ -12,14 +13,22 @@ tensorboard/     what metrics.jsonl holds, for TensorBoard, if asked for
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from training.config import RunConfig, write_config
+from training.config import RunConfig, read_config, write_config
 from training.errors import ConfigError
+
+# Settings that decide where and how often something is written, and nothing of what is computed.
+_HARMLESS = frozenset(
+    "output overwrite resume train.tensorboard train.checkpoint_minutes train.checkpoint_steps "
+    "train.checkpoint_keep".split()
+)
 
 
 class RunFolder:
@@ -31,6 +40,7 @@ class RunFolder:
         self.labels = self.path / "labels.json"
         self.metrics = self.path / "metrics.jsonl"
         self.adapter = self.path / "adapter"
+        self.checkpoints = self.path / "checkpoint"
         self.report = self.path / "report.json"
         self.html = self.path / "report.html"
         self.plots = self.path / "plots"
@@ -48,9 +58,27 @@ class RunFolder:
             # Something else than a run: not ours to remove, whatever was asked for.
             raise ConfigError(f"{self.path} is not a run folder (no config.toml); give another --output")
 
-    def create(self, config: RunConfig, label_names: tuple[str, ...]) -> None:
+    def check_same_run(self, config: RunConfig) -> None:
+        """Raise ConfigError that names the settings in which `config` differs from the run that is in the folder.
+
+        Settings that decide nothing but where and how often something is written may differ.
+        """
+        there, wanted = (flat_settings(one) for one in (read_config(self.config), config))
+        changed = [name for name in wanted if name not in _HARMLESS and there[name] != wanted[name]]
+        if changed:
+            shown = ", ".join(f"{name} (there: {there[name]!r})" for name in changed)
+            raise ConfigError(f"--resume: {self.path} was run with other settings: {shown}; give those, or --overwrite")
+
+    def is_complete(self) -> bool:
+        """Whether the run was finished: report.json says so."""
+        try:
+            return bool(json.loads(self.report.read_text(encoding="utf-8"))["complete"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def create(self, config: RunConfig, label_names: tuple[str, ...], replace: bool) -> None:
         """Make the folder anew, with the settings and labels of this run."""
-        self.check_free(config.overwrite)
+        self.check_free(replace)
         if self.path.exists():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True)
@@ -68,6 +96,15 @@ class RunFolder:
             for name in set(values) - {"step", "epoch", "split"}:
                 self._board.add_scalar(f"{part}/{name}", values[name], values["step"])
             self._board.flush()
+
+    def cut_metrics(self, size: int) -> None:
+        """Forget what was logged after a checkpoint: it will be logged again."""
+        if self.metrics.is_file():
+            os.truncate(self.metrics, size)
+
+    def remove_checkpoints(self) -> None:
+        """Remove checkpoint/."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def write_report(self, report: dict[str, Any]) -> None:
         """Write report.json, whole or not at all."""
@@ -87,6 +124,18 @@ class RunFolder:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ConfigError(f"{self.labels}: must be a list of names")
         return tuple(names)
+
+
+def flat_settings(config: RunConfig) -> dict[str, Any]:
+    """Settings by dotted name."""
+
+    def flat(nested: dict[str, Any], above: str) -> dict[str, Any]:
+        found = {}
+        for name, value in nested.items():
+            found |= flat(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}
+        return found
+
+    return flat(dataclasses.asdict(config), "")
 
 
 def check_board() -> None:

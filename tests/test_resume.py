@@ -1,0 +1,296 @@
+"""Exact resume: a run killed anywhere and resumed ends with the bits of a run never interrupted.
+
+The runs here have everything on that could make a difference: dropout, EDA, accumulation, a short last batch, early
+stopping. A killed run is a real process, a fork of this one, that gets SIGKILL before its k-th event: an optimizer
+step, a batch of an evaluation, a logged line, a flush or a rename of a file.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train as train_module
+from data import batching
+from train import train
+from training import checkpoint
+from training.command_line import EXIT_BAD_INPUT, run_command
+from training.config import parse_command_line
+from training.run_folder import RunFolder
+
+OPTIONS = """
+--data.augmentation.n-aug 1 --train.accumulation-steps 2 --train.batch-size 7 --train.epochs 7 --train.patience 2
+--train.log-every 4 --train.checkpoint-steps 3 --train.eval-batch-size 4 --lora.dropout 0.2
+""".split()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A fork has only the thread that made it: torch must not wait for others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def warm():
+    """What is imported late is imported now, once, and not in every fork."""
+    import datasets
+    import matplotlib
+    import sklearn.metrics
+
+    return datasets, matplotlib, sklearn.metrics
+
+
+class Killer:
+    """Counts events; before number `kill_at` the process is killed."""
+
+    def __init__(self, kill_at):
+        self.kill_at, self.events = kill_at, []
+
+    def __call__(self, name):
+        if len(self.events) == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.events.append(name)
+
+    def watch(self, owner, attribute, name):
+        real = getattr(owner, attribute)
+
+        def watched(*arguments, **options):
+            self(name)
+            return real(*arguments, **options)
+
+        setattr(owner, attribute, watched)
+
+
+def in_a_fork(arguments, kill_at=-1):
+    """Run train.py's command in a fork: (wait status, names of the events if it lived)."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        code = 99
+        try:
+            killer = Killer(kill_at)
+            # Drawing takes longer than the training, and is not resumed but done again.
+            train_module.draw_plots = train_module.write_html_report = lambda folder: None
+            for owner, attribute in (
+                (train_module, "train_step"),
+                (batching, "collate"),
+                (RunFolder, "log"),
+                (os, "fsync"),
+                (Path, "rename"),
+                (Path, "replace"),
+            ):
+                killer.watch(owner, attribute, attribute)
+            code = run_command(lambda: train(parse_command_line([str(one) for one in arguments])))
+            os.write(write, json.dumps(killer.events).encode())
+        finally:
+            os._exit(code)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        events = pipe.read()
+    _, status = os.waitpid(pid, 0)
+    return status, json.loads(events or "[]")
+
+
+def outcome(folder):
+    """All that a run leaves behind, but for times, memory and the name of its folder."""
+    report = json.loads((folder / "report.json").read_text())
+    for name in ("train_seconds", "seconds", "peak_memory_bytes", "test_texts_per_second"):
+        del report[name]
+    for name in ("output", "resume", "overwrite"):
+        del report["config"][name]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("tokens_per_second", None)
+    return report, lines, (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def command(tiny_config, tiny_checkpoint, tmp_path, warm):
+    """Arguments of a run into tmp_path/NAME."""
+
+    def arguments(name, *more):
+        return [tiny_config, *OPTIONS, "--output", tmp_path / name, *more]
+
+    return arguments
+
+
+@pytest.fixture
+def whole(command, tmp_path):
+    """The outcome of a run never interrupted, and its events."""
+    status, events = in_a_fork(command("whole"))
+    assert status == 0
+    return outcome(tmp_path / "whole"), events
+
+
+def test_a_run_killed_anywhere_and_resumed_is_the_run_never_interrupted(command, whole, tmp_path):
+    expected, events = whole
+    assert {"train_step", "collate", "log", "fsync", "rename", "replace"} <= set(events)
+    draw = random.Random(0)
+    moments = draw.sample(range(len(events)), 22)
+    # For certain: within the writing of a checkpoint, before its rename, within an evaluation, at the very end.
+    renames = [i for i, name in enumerate(events) if name == "rename"]
+    evaluations = [i for i in range(2, len(events)) if events[i - 2 : i + 1] == ["collate"] * 3]
+    moments += [
+        renames[0],
+        renames[3] - 1,
+        renames[4] - 2,
+        draw.choice(evaluations),
+        events.index("train_step"),
+        len(events) - 1,
+    ]
+    assert len(moments) >= 25
+    for moment in moments:
+        shutil.rmtree(tmp_path / "cut", ignore_errors=True)
+        status, _ = in_a_fork(command("cut", "--resume"), kill_at=moment)
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        status, _ = in_a_fork(command("cut", "--resume"))
+        assert status == 0, f"killed before event {moment}, {events[moment]}"
+        assert outcome(tmp_path / "cut") == expected, f"killed before event {moment}, {events[moment]}"
+        assert not (tmp_path / "cut" / "checkpoint").exists()
+
+
+def test_a_run_killed_several_times_is_the_same_run(command, whole, tmp_path):
+    expected, events = whole
+    kills = 0
+    for moment in (len(events) // 4, len(events) // 3, 5, len(events) // 4, len(events) // 2):
+        status, _ = in_a_fork(command("cut", "--resume"), kill_at=moment)
+        kills += os.WIFSIGNALED(status)
+    assert kills >= 4
+    assert in_a_fork(command("cut", "--resume"))[0] == 0
+    assert outcome(tmp_path / "cut") == expected
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_writes_a_checkpoint_first(command, whole, tmp_path, monkeypatch, capsys, number, code):
+    real, steps = train_module.train_step, []
+    monkeypatch.setattr(signal, "getsignal", lambda _number: signal.default_int_handler)
+
+    def interrupting(*arguments):
+        steps.append(1)
+        if len(steps) == 5:
+            os.kill(os.getpid(), number)
+        return real(*arguments)
+
+    monkeypatch.setattr(train_module, "train_step", interrupting)
+    assert run_command(lambda: train(parse_command_line([str(one) for one in command("cut")]))) == code
+    assert "--resume" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "cut" / "checkpoint").iterdir()][-1:] and len(steps) == 5
+    monkeypatch.undo()
+    assert in_a_fork(command("cut", "--resume"))[0] == 0
+    assert outcome(tmp_path / "cut") == whole[0]
+
+
+@pytest.fixture
+def cut(command, tmp_path, whole):
+    """A run killed after its second checkpoint."""
+    _, events = whole
+    third = [i for i, name in enumerate(events) if name == "rename"][2]
+    in_a_fork(command("cut"), kill_at=third)
+    folder = tmp_path / "cut"
+    assert len(list((folder / "checkpoint").glob("step-*"))) == 2
+    return folder
+
+
+def resume(capsys, arguments):
+    capsys.readouterr()
+    code = run_command(lambda: train(parse_command_line([str(one) for one in arguments])))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize("file", ["tensors.safetensors", "state.json", "sha256.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+def test_a_damaged_checkpoint_is_found_out_and_the_one_before_it_used(cut, command, whole, capsys, file, damage):
+    newest = max((cut / "checkpoint").glob("step-*"))
+    path = newest / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+    code, out, _ = resume(capsys, command("cut", "--resume"))
+    assert code == 0
+    assert f"{newest} is damaged" in out and "the one before it is used" in out
+    assert outcome(cut) == whole[0]
+
+
+def test_checkpoints_all_damaged_are_one_line(cut, command, capsys):
+    for path in (cut / "checkpoint").glob("step-*/state.json"):
+        path.write_text("{}")
+    code, _, err = resume(capsys, command("cut", "--resume"))
+    assert code == EXIT_BAD_INPUT and "every checkpoint is damaged" in err and err.count("\n") == 1
+
+
+def test_what_changed_since_is_named(cut, command, tiny_data, tiny_checkpoint, tmp_path, capsys):
+    path = tiny_data / "test.csv"
+    kept = path.read_text()
+    path.write_text(kept.replace("goal", "coach"))
+    code, _, err = resume(capsys, command("cut", "--resume"))
+    assert code == EXIT_BAD_INPUT and "the data changed since" in err
+    path.write_text(kept)
+
+    weights = load_file(tiny_checkpoint / "model.safetensors")
+    original = (tiny_checkpoint / "model.safetensors").read_bytes()
+    name = next(iter(weights))
+    try:
+        save_file({**weights, name: weights[name] + 1}, tiny_checkpoint / "model.safetensors")
+        code, _, err = resume(capsys, command("cut", "--resume"))
+    finally:
+        (tiny_checkpoint / "model.safetensors").write_bytes(original)
+    assert code == EXIT_BAD_INPUT and "the base weights changed since" in err
+
+    code, _, err = resume(capsys, command("cut", "--resume", "--train.learning-rate", 0.5, "--lora.alpha", 3))
+    assert code == EXIT_BAD_INPUT
+    assert re.search(r"other settings: lora.alpha \(there: 8.0\), train.learning_rate \(there: 0.02\)", err)
+    code, _, err = resume(capsys, command("cut", "--resume", "--overwrite"))
+    assert code == EXIT_BAD_INPUT and "exclude each other" in err
+
+
+def test_harmless_settings_may_change_and_the_folder_may_move(cut, command, whole, tmp_path, capsys):
+    moved = cut.rename(tmp_path / "moved")
+    assert resume(capsys, command("moved", "--resume", "--train.checkpoint-steps", 2))[0] == 0
+    (report, *rest), (expected, *expected_rest) = outcome(moved), whole[0]
+    assert report["config"]["train"].pop("checkpoint_steps") == 2
+    assert expected["config"]["train"].pop("checkpoint_steps") == 3
+    assert (report, rest) == (expected, expected_rest)
+
+
+def test_a_finished_run_is_left_alone_and_an_absent_one_started(command, whole, tmp_path, capsys):
+    before = (tmp_path / "whole" / "report.json").read_bytes()
+    code, out, _ = resume(capsys, command("whole", "--resume"))
+    assert code == 0 and "is finished" in out and (tmp_path / "whole" / "report.json").read_bytes() == before
+
+
+def test_only_the_newest_checkpoints_are_kept(command, whole, tmp_path):
+    _, events = whole
+    in_a_fork(command("cut", "--train.checkpoint-keep", 3), kill_at=len(events) * 2 // 3)
+    names = sorted(path.name for path in (tmp_path / "cut" / "checkpoint").glob("step-*"))
+    assert len(names) == 3 and len({len(name) for name in names}) == 1
+
+
+def test_checkpoints_come_by_the_clock_too(command, tmp_path, monkeypatch):
+    clock = [0.0]
+
+    def later():
+        clock[0] += 1.0  # every look at the clock is a second later
+        return clock[0]
+
+    monkeypatch.setattr(time, "perf_counter", later)
+    written = []
+    real = checkpoint.save
+    monkeypatch.setattr(train_module, "save_checkpoint", lambda *a: (written.append(a[1].step), real(*a)))
+    arguments = command("timed", "--train.checkpoint-steps", 0, "--train.checkpoint-minutes", 0.1, "--train.epochs", 1)
+    assert train(parse_command_line([str(one) for one in arguments])) == 0
+    assert (len(written) > 2 and written == sorted(set(written))) or written[-1] == written[-2]

@@ -1,0 +1,217 @@
+"""Checkpoints of a run: all that its rest depends on, so that a run cut off anywhere goes on bit for bit.
+
+checkpoint/step-00000120/
+    tensors.safetensors   trainable parameters, optimizer moments, states of torch's random generators
+    state.json            counters, schedule, scaler, best score, states of Python's and numpy's generators
+    sha256.json           hashes of the two, written last
+
+A checkpoint is made under another name, flushed to the disk and renamed: it is there whole or not at all. One whose
+bytes have changed since is found out by its hashes, and the one before it is used. Nothing in it can run code: tensors
+are safetensors, the rest is JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from data.assets import sha256_of
+from training.errors import ConfigError
+from training.scoring import Scores
+
+_FILES = ("tensors.safetensors", "state.json")
+
+
+@dataclass
+class Position:
+    """Where the loop stands: everything that it counts, and nothing that belongs to one process alone."""
+
+    epoch: int = 1
+    """The epoch that is being trained, from 1."""
+    step_of_epoch: int = 0
+    """Optimizer steps done in it."""
+    step: int = 0
+    """Optimizer steps done in all."""
+    epoch_loss: float = 0.0
+    """Sum of the losses read so far in this epoch, in nats."""
+    epoch_steps: int = 0
+    """How many those are."""
+    waiting: list[tuple[float, float]] = field(default_factory=list)
+    """Learning rate and loss of each step since the last logged line."""
+    tokens: int = 0
+    """Real tokens since the last logged line."""
+    best: Scores | None = None
+    """Validation scores of the best epoch so far."""
+    best_epoch: int = 0
+    metrics_bytes: int = 0
+    """Length of metrics.jsonl: what was logged later is logged again."""
+    seconds: float = 0.0
+    """Wall time of the run so far, over all its processes."""
+    train_seconds: float = 0.0
+    """The part of it within the loop."""
+
+
+def save(
+    folder: Path,
+    position: Position,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    scaler: torch.amp.GradScaler,
+    fingerprints: dict[str, str],
+    keep: int,
+) -> Path:
+    """Write a checkpoint and remove all but the newest `keep`. Raises OSError if it can't be written."""
+    tensors = {f"parameter/{name}": value.detach() for name, value in _trainable(model)}
+    for name, value in _trainable(model):
+        for key, moment in optimizer.state.get(value, {}).items():
+            tensors[f"optimizer/{key}/{name}"] = moment
+    tensors["random/torch"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        for i, generator in enumerate(torch.cuda.get_rng_state_all()):
+            tensors[f"random/cuda/{i}"] = generator
+    kind, numpy_keys, *numpy_rest = np.random.get_state()
+    state = {
+        "position": dataclasses.asdict(position),
+        "schedule": {key: value for key, value in schedule.state_dict().items() if key != "lr_lambdas"},
+        "learning_rates": [group["lr"] for group in optimizer.param_groups],
+        "scaler": scaler.state_dict(),
+        "python": random.getstate(),
+        "numpy": [kind, numpy_keys.tolist(), *numpy_rest],
+        "fingerprints": fingerprints,
+    }
+    folder.mkdir(exist_ok=True)
+    for left_over in folder.glob(".part-*"):  # of a process that was killed
+        shutil.rmtree(left_over)
+    part = folder / f".part-{os.getpid()}"
+    part.mkdir()
+    try:
+        _write(part / "tensors.safetensors", lambda path: _save_tensors(tensors, path))
+        _write(part / "state.json", lambda path: path.write_text(json.dumps(state), encoding="utf-8"))
+        hashes = {name: sha256_of(part / name) for name in _FILES}
+        _write(part / "sha256.json", lambda path: path.write_text(json.dumps(hashes), encoding="utf-8"))
+        final = folder / f"step-{position.step:08d}"
+        if final.exists():  # the same step again, after a resume
+            shutil.rmtree(final)
+        part.rename(final)
+        _flush(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    for old in _newest_first(folder)[keep:]:
+        shutil.rmtree(old)
+    return final
+
+
+def load(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], list[str]] | None:
+    """The newest whole checkpoint as (state, tensors, complaints about newer ones that are damaged); None without any.
+
+    Raises ConfigError if there are checkpoints, but every one is damaged.
+    """
+    complaints: list[str] = []
+    for path in _newest_first(folder):
+        try:
+            hashes = json.loads((path / "sha256.json").read_text(encoding="utf-8"))
+            wrong = [name for name in _FILES if sha256_of(path / name) != hashes[name]]
+            if wrong:
+                raise ValueError(f"{wrong[0]} is not what was written")
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            return state, load_file(path / "tensors.safetensors"), complaints
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            complaints.append(f"{path} is damaged ({error}); the one before it is used")
+    if complaints:
+        raise ConfigError(f"{folder}: every checkpoint is damaged; start again with --overwrite")
+    return None
+
+
+def restore(
+    state: dict[str, Any],
+    tensors: dict[str, Tensor],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    scaler: torch.amp.GradScaler,
+) -> Position:
+    """Put a checkpoint's values where they belong, random states included, and return where the loop stands."""
+    with torch.no_grad():
+        for name, value in _trainable(model):
+            value.copy_(tensors[f"parameter/{name}"])
+            moments = {
+                key.split("/", 2)[1]: tensor
+                for key, tensor in tensors.items()
+                if key.startswith("optimizer/") and key.split("/", 2)[2] == name
+            }
+            if moments:  # AdamW counts steps in a tensor on the CPU, unless it is fused
+                optimizer.state[value] = {
+                    key: moment if key == "step" and not optimizer.defaults.get("fused") else moment.to(value.device)
+                    for key, moment in moments.items()
+                }
+    schedule.load_state_dict({**schedule.state_dict(), **state["schedule"]})
+    for group, rate in zip(optimizer.param_groups, state["learning_rates"], strict=True):
+        group["lr"] = rate
+    if state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, numpy_keys, *numpy_rest = state["numpy"]
+    np.random.set_state((kind, np.array(numpy_keys, dtype=np.uint32), *numpy_rest))
+    torch.set_rng_state(tensors["random/torch"])
+    cuda = [tensors[f"random/cuda/{i}"] for i in range(len(tensors)) if f"random/cuda/{i}" in tensors]
+    if cuda and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(cuda)
+    values = dict(state["position"])
+    if values["best"] is not None:
+        values["best"] = Scores(**values["best"])
+    values["waiting"] = [(rate, loss) for rate, loss in values["waiting"]]
+    return Position(**values)
+
+
+def check_fingerprints(found: dict[str, str], wanted: dict[str, str]) -> None:
+    """Raise ConfigError that names what has changed since the checkpoint was written."""
+    changed = [name for name in wanted if found.get(name) != wanted[name]]
+    if changed:
+        raise ConfigError(
+            f"--resume: {', '.join(changed)} changed since the run was cut off; put it back, or start again with "
+            "--overwrite"
+        )
+
+
+def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"), reverse=True)
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, str(path))
+    except SafetensorError as error:  # the library's own error, also for a full disk
+        raise OSError(str(error)) from None
+
+
+def _write(path: Path, write: Any) -> None:
+    write(path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _flush(folder: Path) -> None:
+    """Make a rename last: it is in the folder, not in the file."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
