@@ -4,12 +4,13 @@ PYTHON ?= python3
 CONFIG ?= experiments/quickstart.toml
 TABLE_CONFIG = $(if $(filter file,$(origin CONFIG)),experiments/agnews,$(CONFIG))
 ARGS ?=
+FILES ?= 100000
 
 VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train table test lint clean
+.PHONY: help setup train table test fuzz lint clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -31,6 +32,9 @@ table: $(VENV)/.installed ## run a set of configurations into one table: CONFIG=
 # One thread a worker: two workers that both use two threads get in each other's way.
 test: $(VENV)/.installed-dev ## run all proofs and tests
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n 2 $(ARGS)
+
+fuzz: $(VENV)/.installed-dev ## give every reader 100,000 broken files (FILES=...)
+	LORABERTA_FUZZ=$(FILES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -n 2 tests/fuzz $(ARGS)
 
 lint: $(VENV)/.installed-dev ## check style and types of mistakes
 	$(BIN)/ruff check .

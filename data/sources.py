@@ -376,7 +376,11 @@ def _parquet(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, dict[st
     missing = [name for name in wanted if name not in table.column_names]
     if missing:
         raise DataError(f"{path}: no column {missing[0]!r}; there are {', '.join(table.column_names)}")
-    for number, row in enumerate(table.to_pylist(), start=1):
+    try:
+        rows = table.to_pylist()
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # text that is not UTF-8, a date beyond all
+        raise DataError(f"{path}: has a value that can't be read ({error}); write it again") from None
+    for number, row in enumerate(rows, start=1):
         yield f"{path}, row {number}", row
 
 

@@ -115,6 +115,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> LoRAConfig:
     directory = Path(directory)
     config = read_adapter_config(directory, model)
     path = directory / WEIGHTS_NAME
+    _refuse_larger_ranks(config, directory)
     if lora_layers(model):
         _refuse_other_adapters(lora_layers(model), config, directory)
     else:
@@ -149,6 +150,8 @@ def load_adapter(model: nn.Module, directory: str | Path) -> LoRAConfig:
         if tensor.shape != parameters[wanted[key]].shape
     }
     _refuse(path, "has the wrong shape in", wrong, "it was trained on another base model or number of labels")
+    broken = {key for key, tensor in loaded.items() if not bool(torch.isfinite(tensor.float()).all())}
+    _refuse(path, "has values that are not finite in", broken, "its training failed; use another")
     with torch.no_grad():
         for key, tensor in loaded.items():
             parameters[wanted[key]].copy_(tensor)
@@ -157,7 +160,11 @@ def load_adapter(model: nn.Module, directory: str | Path) -> LoRAConfig:
 
 def read_base_model(directory: str | Path) -> str | None:
     """Name or path of the base checkpoint that the adapter was trained on, if its settings tell."""
-    return _read_json(Path(directory) / CONFIG_NAME).get("base_model_name_or_path") or None
+    path = Path(directory) / CONFIG_NAME
+    name = _read_json(path).get("base_model_name_or_path") or None
+    if name is not None and not isinstance(name, str):
+        raise LoRAError(f"{path}: base_model_name_or_path is {name!r}; it must be a name")
+    return name
 
 
 def read_adapter_config(directory: str | Path, model: nn.Module | None = None) -> LoRAConfig:
@@ -191,6 +198,8 @@ def read_adapter_config(directory: str | Path, model: nn.Module | None = None) -
     if "target_modules" not in values:
         raise LoRAError(f"{path}: target_modules is missing; name the layers that the adapter belongs to")
     saved = values.get("modules_to_save", ())
+    if not isinstance(saved, tuple):
+        raise LoRAError(f"{path}: modules_to_save is {saved!r}; it must be a list of names")
     if raw.get("task_type") == "SEQ_CLS":  # peft trains and saves the head of every classifier; 0.10 does not say so
         saved = (*saved, *_HEAD_NAMES)
     values["modules_to_save"] = tuple(dict.fromkeys(saved))
@@ -205,6 +214,17 @@ def read_adapter_config(directory: str | Path, model: nn.Module | None = None) -
         return LoRAConfig(**values)
     except (LoRAError, TypeError, AttributeError) as error:
         raise LoRAError(f"{path}: {error}") from None
+
+
+def _refuse_larger_ranks(config: LoRAConfig, directory: Path) -> None:
+    """Raise LoRAError if the settings name a rank that no tensor has: it would be made before it is missed."""
+    ranks = [shape[0] for name, shape in adapter_shapes(directory).items() if ".lora_A" in name and shape]
+    named, held = max([config.rank, *config.rank_pattern.values()]), max(ranks, default=0)
+    if named > held:
+        raise LoRAError(
+            f"{directory / CONFIG_NAME}: names rank {named}, but {WEIGHTS_NAME} has none above {held}; "
+            "the two belong to different adapters"
+        )
 
 
 def _refuse_other_adapters(layers: dict[str, LoRALinear], config: LoRAConfig, directory: Path) -> None:
@@ -263,7 +283,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LoRAError(f"{path}: no such file; an adapter folder needs its settings") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except OSError as error:
+        raise LoRAError(f"{path}: can't be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits
         raise LoRAError(f"{path}: not valid JSON ({error}); fetch the adapter again") from None
     if not isinstance(raw, dict):
         raise LoRAError(f"{path}: holds no JSON object; fetch the adapter again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -41,6 +42,7 @@ class LoRAConfig:
     """Scale by alpha / sqrt(r) instead of alpha / r."""
 
     def __post_init__(self) -> None:
+        self._check_types()
         for where, rank in [("rank", self.rank), *((f"rank_pattern {k!r}", v) for k, v in self.rank_pattern.items())]:
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise LoRAError(f"lora: {where} is {rank!r}; a rank is a whole number, 1 or more")
@@ -61,3 +63,42 @@ class LoRAConfig:
                 "lora: layers_to_transform does not go with a regular expression in target_modules; "
                 "put the layer numbers into the expression"
             )
+
+    def _check_types(self) -> None:
+        """Raise LoRAError for a value of another type than its field's: settings also come from files of strangers."""
+
+        def names(value: object) -> bool:
+            return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+
+        def number(value: object) -> bool:
+            return isinstance(value, int | float) and not isinstance(value, bool)
+
+        layers = self.layers_to_transform
+        wanted = {
+            "alpha": (number(self.alpha), "a number"),
+            "dropout": (number(self.dropout), "a number"),
+            "target_modules": (isinstance(self.target_modules, str) or names(self.target_modules), "names of layers"),
+            "layers_to_transform": (
+                layers is None
+                or (isinstance(layers, tuple) and all(isinstance(layer, int) and layer >= 0 for layer in layers)),
+                "numbers of layers",
+            ),
+            "modules_to_save": (names(self.modules_to_save), "names of modules"),
+            "bias": (isinstance(self.bias, str), "none, lora_only or all"),
+            "use_rslora": (isinstance(self.use_rslora, bool), "true or false"),
+        }
+        for field_name in ("rank_pattern", "alpha_pattern"):
+            pattern = getattr(self, field_name)
+            fits = isinstance(pattern, Mapping) and all(isinstance(key, str) for key in pattern)
+            wanted[field_name] = fits and all(map(number, pattern.values())), "numbers by name"
+        for field_name, (fits, what) in wanted.items():
+            if not fits:
+                raise LoRAError(f"lora: {field_name} is {getattr(self, field_name)!r}; it must be {what}")
+        expressions = [*self.rank_pattern, *self.alpha_pattern]
+        if isinstance(self.target_modules, str):
+            expressions.append(self.target_modules)
+        for expression in expressions:
+            try:
+                re.compile(expression)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise LoRAError(f"lora: {expression!r} is not a regular expression ({error}); mend it") from None

@@ -16,6 +16,18 @@ class CheckpointError(ValueError):
     """A checkpoint that can't be used: one line that names the file, what is wrong with it, and the mend."""
 
 
+# No encoder is near these; a broken or hostile file must not make a million modules.
+_LARGEST = {"num_hidden_layers": 1000, "num_attention_heads": 1000, "type_vocab_size": 1000}
+_LARGEST_OTHER = 10_000_000
+
+
+def _check_size(name: str, value: Any) -> None:
+    """Raise CheckpointError unless a size is a whole number that could be meant."""
+    least, most = (0 if name == "pad_token_id" else 1), _LARGEST.get(name, _LARGEST_OTHER)
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise CheckpointError(f"{name} is {value!r}, it must be a whole number from {least} to {most:,}")
+
+
 @dataclass(frozen=True)
 class RobertaConfig:
     """Sizes and constants of a RoBERTa encoder with a classification head.
@@ -45,8 +57,13 @@ class RobertaConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and not (isinstance(value, int) and value >= (field.name == "pad_token_id") ^ 1):
-                raise CheckpointError(f"{field.name} is {value!r}, it must be a positive whole number")
+            if field.type == "int":
+                _check_size(field.name, value)
+            elif field.type != "tuple[str, ...]" and value is not None:  # dropouts, epsilon, standard deviation
+                if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 10:
+                    raise CheckpointError(f"{field.name} is {value!r}, it must be a small number, 0 or more")
+                if field.name.endswith(("dropout", "dropout_prob")) and value >= 1:
+                    raise CheckpointError(f"{field.name} is {value!r}, it is a probability in [0, 1)")
         if self.hidden_size % self.num_attention_heads:
             raise CheckpointError(
                 f"hidden_size {self.hidden_size} can't be cut into {self.num_attention_heads} equal attention heads"
@@ -79,7 +96,9 @@ class RobertaConfig:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file; a checkpoint folder needs its config.json") from None
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except OSError as error:
+            raise CheckpointError(f"{path}: can't be read ({error.strerror})") from None
+        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits
             raise CheckpointError(f"{path}: not valid JSON ({error}); fetch the checkpoint again") from None
         if not isinstance(raw, dict):
             raise CheckpointError(f"{path}: holds no JSON object; fetch the checkpoint again")
@@ -111,12 +130,13 @@ class RobertaConfig:
             defaults["layer_norm_eps"] = 1e-12
         names = {field.name for field in fields(cls)} - {"label_names"}
         values = defaults | {name: raw[name] for name in names if raw.get(name) is not None}
-        if "id2label" in raw and isinstance(raw["id2label"], dict):
-            by_index = {int(index): str(name) for index, name in raw["id2label"].items()}
-            if sorted(by_index) != list(range(len(by_index))):
+        if isinstance(labels := raw.get("id2label"), dict):
+            if not labels or set(labels) != {str(index) for index in range(len(labels))}:
                 raise CheckpointError("id2label must number the labels 0, 1, 2, ... without gaps")
-            values["label_names"] = tuple(by_index[index] for index in range(len(by_index)))
+            values["label_names"] = tuple(str(labels[str(index)]) for index in range(len(labels)))
         if model_type == "bert":
+            for name in ("max_position_embeddings", "pad_token_id"):
+                _check_size(name, values[name])
             # The position table gains pad_token_id + 1 rows at the top, and a single segment needs one type row.
             values["max_position_embeddings"] += values["pad_token_id"] + 1
             values["type_vocab_size"] = 1

@@ -58,26 +58,27 @@ def load_checkpoint(
     config = config or RobertaConfig.from_file(directory / CONFIG_NAME)
     with torch.device("meta"):  # shapes without memory: nothing is initialised only to be overwritten
         model = RobertaForSequenceClassification(config)
-    model.to_empty(device="cpu")
-    parameters = dict(model.named_parameters())
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     try:
         with safe_open(str(path), framework="pt") as file:
             keys = {name: key for key in file.keys() if (name := _parameter_name(key)) is not None}
-            has_head = any(name.startswith("classifier.") for name in keys)
-            if new_head or not has_head:
+            draw_head = new_head or not any(name.startswith("classifier.") for name in keys)
+            if draw_head:
                 keys = {name: key for name, key in keys.items() if not name.startswith("classifier.")}
-                _initialise_head(model.classifier, config)
-                expected = {name for name in parameters if not name.startswith("classifier.")}
-            else:
-                expected = set(parameters)
-            _refuse(path, "lacks", expected - set(keys), "it is not a whole RoBERTa or BERT encoder")
-            unexpected = {keys[name] for name in set(keys) - expected}
+                shapes = {name: shape for name, shape in shapes.items() if not name.startswith("classifier.")}
+            _refuse(path, "lacks", set(shapes) - set(keys), "it is not a whole RoBERTa or BERT encoder")
+            unexpected = {keys[name] for name in set(keys) - set(shapes)}
             _refuse(path, "holds unexpected", unexpected, "it is a checkpoint of another architecture")
+            # By the file's header, before any memory is taken: config.json may claim anything.
             wrong = []
             for name, key in keys.items():
-                if not _copy(file.get_tensor(key), parameters[name], name, config, bert):
-                    shapes = f"{list(file.get_slice(key).get_shape())}, not {list(parameters[name].shape)}"
-                    wrong.append(f"{key} ({shapes})")
+                found, wanted = file.get_slice(key).get_shape(), list(shapes[name])
+                if bert and name == _POSITIONS:
+                    wanted[0] -= config.pad_token_id + 1
+                elif bert and name == _TOKEN_TYPES and found:
+                    wanted[0] = max(1, found[0])
+                if found != wanted:
+                    wrong.append(f"{key} ({found}, not {wanted})")
             head_only = all(key.startswith("classifier.") for key in wrong)
             mend = (
                 "its head has other labels; draw a new head (model.new_head)"
@@ -85,6 +86,17 @@ def load_checkpoint(
                 else "config.json describes another model"
             )
             _refuse(path, "has the wrong shape in", wrong, mend)
+
+            model.to_empty(device="cpu")
+            parameters = dict(model.named_parameters())
+            if draw_head:
+                _initialise_head(model.classifier, config)
+            for name, key in keys.items():
+                _copy(file.get_tensor(key), parameters[name], name, config, bert)
+            # All values are finite if the smallest and the largest are; unlike `isfinite`, this takes no memory.
+            edges = {name: torch.aminmax(parameters[name].detach()) for name in keys}
+            broken = [keys[name] for name, pair in edges.items() if not all(edge.isfinite() for edge in pair)]
+            _refuse(path, "has values that are not finite in", broken, "fetch the checkpoint again, or use another")
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; a checkpoint folder needs its weights as safetensors") from None
     except (SafetensorError, OSError) as error:
@@ -157,18 +169,15 @@ def _parameter_name(key: str) -> str | None:
 
 
 @torch.no_grad()
-def _copy(source: Tensor, target: nn.Parameter, name: str, config: RobertaConfig, bert: bool) -> bool:
-    """Copy a checkpoint's tensor into the parameter `name`; False if the shapes don't fit."""
+def _copy(source: Tensor, target: nn.Parameter, name: str, config: RobertaConfig, bert: bool) -> None:
+    """Copy a checkpoint's tensor into the parameter `name`, whose shape it has, but for the two tables of a BERT."""
     if bert and name == _POSITIONS:
         shift = config.pad_token_id + 1
         target[:shift].zero_()
         target = target[shift:]
     elif bert and name == _TOKEN_TYPES:
         source = source[:1]
-    if source.shape != target.shape:
-        return False
     target.copy_(source)
-    return True
 
 
 def _initialise_head(head: nn.Module, config: RobertaConfig) -> None:

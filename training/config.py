@@ -144,7 +144,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such file; give a TOML file, for example experiments/quickstart.toml") from None
     except OSError as error:
         raise ConfigError(f"{path}: can't be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, nested too deeply
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
 
 

@@ -1,0 +1,178 @@
+"""Every reader on broken files: it reads them, or refuses them by one of the program's own errors, and nothing else.
+
+LORABERTA_FUZZ sets how many files each reader gets (`make fuzz`: 100,000); the suite gives each a few hundred. The
+files are decided by their number, so a failure can be looked at again.
+"""
+
+import json
+import os
+import random
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data.errors import DataError
+from data.sources import DataConfig, load_source, read_unlabelled
+from lora.adapter import adapter_shapes, load_adapter, read_base_model, save_adapter
+from lora.config import LoRAConfig, LoRAError
+from lora.inject import inject_lora
+from roberta.config import CheckpointError, RobertaConfig
+from roberta.model import RobertaForSequenceClassification
+from roberta.tokenizer import TextTokenizer
+from roberta.weights import has_head, load_checkpoint, save_checkpoint
+from tests.conftest import tiny_rows, tiny_tokenizer
+from tests.fuzz.mutate import mutate_bytes, mutate_json, mutate_safetensors
+from training import checkpoint
+from training.config import read_config
+from training.errors import ConfigError
+
+NUMBER = int(os.environ.get("LORABERTA_FUZZ", "150"))
+SMALL = RobertaConfig(
+    vocab_size=24, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+    max_position_embeddings=12, label_names=("a", "b"),
+)  # fmt: skip
+
+
+def fuzz(whole: Path, read, errors, *mutations):
+    """Give `read` mutations of the file in place; fail on any other error. Says how it went in a long run."""
+    content = whole.read_bytes()
+    refused, slowest = 0, 0.0
+    for number in range(NUMBER):
+        draw = random.Random(f"{whole.name} {number}")
+        whole.write_bytes(draw.choice(mutations)(content, draw))
+        started = time.perf_counter()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                read()
+        except errors as error:
+            refused += 1
+            assert "\n" not in str(error).strip(), f"file {number}: more than a line: {error}"
+        except Exception as error:
+            raise AssertionError(f"file {number}: {type(error).__name__}: {error}") from error
+        slowest = max(slowest, time.perf_counter() - started)
+    whole.write_bytes(content)
+    print(f"{whole.name}: {NUMBER:,} files, {refused:,} refused, slowest {slowest:.3f} s")
+    assert refused, "no file was broken enough to be refused"
+    read()  # the whole one still passes
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint, an adapter for it, tokenizer included."""
+    torch.manual_seed(0)
+    model = RobertaForSequenceClassification(SMALL)
+    save_checkpoint(model, tmp_path / "base", TextTokenizer(tiny_tokenizer(), 10))
+    config = LoRAConfig(rank=2, bias="lora_only", rank_pattern={"value": 1})
+    inject_lora(model, config)
+    save_adapter(model, config, tmp_path / "adapter", base_model="base")
+    return tmp_path
+
+
+def read_base(folder):
+    has_head(folder / "base")
+    return load_checkpoint(folder / "base")
+
+
+def test_checkpoint_weights(folder):
+    path = folder / "base" / "model.safetensors"
+    fuzz(path, lambda: read_base(folder), CheckpointError, mutate_safetensors, mutate_bytes)
+
+
+def test_checkpoint_config(folder):
+    fuzz(folder / "base" / "config.json", lambda: read_base(folder), CheckpointError, mutate_json, mutate_bytes)
+
+
+def test_tokenizer(folder):
+    def read():
+        tokenizer = TextTokenizer.from_directory(folder / "base", 10)
+        tokenizer.check_fits(SMALL, folder)
+        for ids in tokenizer.encode_batch(["the goal", "", "<s> oil"]):
+            assert len(ids) <= 10 and all(0 <= i < SMALL.vocab_size for i in ids)
+
+    fuzz(folder / "base" / "tokenizer.json", read, CheckpointError, mutate_json, mutate_bytes)
+
+
+def read_adapter(folder, model):
+    read_base_model(folder / "adapter")
+    adapter_shapes(folder / "adapter")
+    load_adapter(load_checkpoint(folder / "base"), folder / "adapter")
+
+
+def test_adapter_weights(folder):
+    path = folder / "adapter" / "adapter_model.safetensors"
+    fuzz(path, lambda: read_adapter(folder, None), LoRAError, mutate_safetensors, mutate_bytes)
+
+
+def test_adapter_config(folder):
+    path = folder / "adapter" / "adapter_config.json"
+    fuzz(path, lambda: read_adapter(folder, None), LoRAError, mutate_json, mutate_bytes)
+
+
+def test_run_settings(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text((Path(__file__).resolve().parents[2] / "experiments" / "quickstart.toml").read_text())
+    fuzz(path, lambda: read_config(path), (ConfigError, LoRAError, DataError), mutate_bytes)
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
+def test_labelled_and_unlabelled_files(tmp_path, kind):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / f"data.{kind}"
+    rows = [{"id": str(i), "label": label, "text": text} for i, (label, text) in enumerate(tiny_rows(30))]
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        mark = "," if kind == "csv" else "\t"
+        path.write_text("\n".join(mark.join(line) for line in [rows[0], *(row.values() for row in rows)]) + "\n")
+
+    def read():
+        read_unlabelled(path)
+        load_source(DataConfig(source=str(path)), 0)
+
+    fuzz(path, read, DataError, mutate_bytes)
+
+
+def test_classic_ag_news_files(tmp_path):
+    for name in ("train", "test"):
+        lines = (f'"{i % 4 + 1}","title {i}","text, of {i}"' for i in range(60))
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n")
+    config = DataConfig(source="ag_news", directory=str(tmp_path))
+    fuzz(tmp_path / "train.csv", lambda: load_source(config, 0), DataError, mutate_bytes)
+
+
+@pytest.mark.parametrize("file", ["tensors.safetensors", "state.json", "sha256.json"])
+def test_checkpoints_of_a_run(tmp_path, file):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _step: 1.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    path = checkpoint.save(tmp_path, checkpoint.Position(), model, optimizer, schedule, scaler, {}, keep=1)
+    mutation = mutate_bytes if file == "sha256.json" else (mutate_safetensors if "tensors" in file else mutate_json)
+    fuzz(path / file, lambda: checkpoint.load(tmp_path), ConfigError, mutation, mutate_bytes)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named(folder, value):
+    for path, read, error in (
+        (folder / "base" / "model.safetensors", lambda: read_base(folder), CheckpointError),
+        (folder / "adapter" / "adapter_model.safetensors", lambda: read_adapter(folder, None), LoRAError),
+    ):
+        weights = load_file(path)
+        name = sorted(weights)[0]
+        whole = path.read_bytes()
+        weights[name].view(-1)[0] = value
+        save_file(weights, path)
+        with pytest.raises(error, match=rf"not finite in .*{name.removeprefix('base_model.model.')}"):
+            read()
+        path.write_bytes(whole)
