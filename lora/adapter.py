@@ -115,7 +115,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> LoRAConfig:
     directory = Path(directory)
     config = read_adapter_config(directory, model)
     path = directory / WEIGHTS_NAME
-    _refuse_larger_ranks(config, directory)
+    _refuse_larger_ranks(model, config, directory)
     if lora_layers(model):
         _refuse_other_adapters(lora_layers(model), config, directory)
     else:
@@ -216,10 +216,12 @@ def read_adapter_config(directory: str | Path, model: nn.Module | None = None) -
         raise LoRAError(f"{path}: {error}") from None
 
 
-def _refuse_larger_ranks(config: LoRAConfig, directory: Path) -> None:
-    """Raise LoRAError if the settings name a rank that no tensor has: it would be made before it is missed."""
+def _refuse_larger_ranks(model: nn.Module, config: LoRAConfig, directory: Path) -> None:
+    """Raise LoRAError if the settings give a layer a rank that no tensor has: it would be made before it is missed."""
+    chosen = [name for name, _ in model.named_modules() if matches(config.target_modules, name)]
+    named = max((pattern_value(config.rank_pattern, name, config.rank) for name in chosen), default=0)
     ranks = [shape[0] for name, shape in adapter_shapes(directory).items() if ".lora_A" in name and shape]
-    named, held = max([config.rank, *config.rank_pattern.values()]), max(ranks, default=0)
+    held = max(ranks, default=0)
     if named > held:
         raise LoRAError(
             f"{directory / CONFIG_NAME}: names rank {named}, but {WEIGHTS_NAME} has none above {held}; "
