@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from benchmarks import theirs
 from data.batching import Batch
 from lora.config import LoRAConfig
-from lora.inject import inject_lora
+from lora.inject import inject_lora, merge_lora
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
 from train import make_optimizer, make_schedule, train_step
@@ -170,11 +170,13 @@ def step_ratio(model: str, rows: int, length: int, dropout: float, compute: Comp
 
 
 def inference_ratio(model: str, rows: int, length: int, compute: Compute, pairs: int) -> Ratio:
-    """Logits of a batch, adapters separate, on both sides."""
+    """Logits of a batch with merged adapters."""
     config = MODELS[model]
     batch = random_batch(config, rows, length, compute.device)
     ours = our_model(config, 0.1).to(compute.device)
     other = theirs.peft_model(ours, config, 0.1, LORA).to(compute.device)
+    merge_lora(ours)
+    other = other.merge_and_unload()
     ours.eval(), other.eval()
 
     @torch.no_grad()

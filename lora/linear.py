@@ -127,13 +127,13 @@ class PackedLoRALinear(nn.Module):
         """(..., in) -> (..., sum of the blocks' out), of the named blocks in the order given; of all by default."""
         modules = [self.get_submodule(name) for name in blocks or self.packed_blocks]
         linears = [module.base if isinstance(module, LoRALinear) else module for module in modules]
+        shape, x = x.shape[:-1], x.flatten(0, -2)  # (tokens, in): the product is then no view, and can be added to
         y = F.linear(
             x, torch.cat([linear.weight for linear in linears]), torch.cat([linear.bias for linear in linears])
         )
-
         adapted = [module for module in modules if isinstance(module, LoRALinear) and not module.merged]
         if not adapted:
-            return y
+            return y.view(*shape, -1)
         stacked_A = torch.cat([module.lora_A for module in adapted])  # (sum r, in)
         # Block-diagonal (sum out, sum r); a block without an update contributes rows but no columns.
         stacked_B = torch.block_diag(
@@ -142,5 +142,6 @@ class PackedLoRALinear(nn.Module):
                 for module, linear in zip(modules, linears, strict=True)
             )
         )
-        low = F.linear(adapted[0].dropout(x), stacked_A.to(x.dtype))  # (..., sum r)
-        return y + F.linear(low, stacked_B.to(x.dtype))
+        low = F.linear(adapted[0].dropout(x), stacked_A.to(x.dtype))  # (tokens, sum r)
+        # Into y itself, which no gradient needs: one pass over it less than a sum.
+        return y.addmm_(low.to(y.dtype), stacked_B.to(y.dtype).T).view(*shape, -1)

@@ -89,7 +89,7 @@ class AddAndNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """(batch, seq, in) and (batch, seq, hidden) -> (batch, seq, hidden)."""
-        return self.LayerNorm(self.dropout.add_to(residual, self.dense(x)))
+        return self.LayerNorm(residual + self.dropout(self.dense(x)))
 
 
 class Attention(nn.Module):
@@ -130,9 +130,10 @@ class Attention(nn.Module):
         dropout_prob = self.dropout.p if self.training else 0.0
         if dropout_prob == 0 or query.device.type != "cpu":
             return F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask, dropout_p=dropout_prob)
-        scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (batch, heads, queries, seq)
-        probabilities = scores.masked_fill(~key_mask, -math.inf).softmax(dim=-1)
-        return self.dropout(probabilities) @ value
+        # Scaled before the product and masked in place after it: `query` is smaller than the scores.
+        scores = (query / math.sqrt(query.shape[-1])) @ key.transpose(-1, -2)  # (batch, heads, queries, seq)
+        scores += torch.zeros(key_mask.shape, dtype=scores.dtype).masked_fill_(~key_mask, -math.inf)
+        return self.dropout(scores.softmax(dim=-1)) @ value
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """(batch, seq, hidden) -> (batch, heads, seq, head)."""
