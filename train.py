@@ -39,7 +39,7 @@ from training.config import RunConfig, parse_command_line
 from training.errors import ConfigError
 from training.html_report import write_html_report
 from training.plots import draw_plots
-from training.precision import Compute, choose_compute
+from training.precision import WIDTH_WHEN_COMPILED, Compute, choose_compute
 from training.progress import Progress, minutes, say
 from training.report import build_report, peak_memory_bytes
 from training.run_folder import RunFolder, check_board
@@ -211,7 +211,9 @@ def train(config: RunConfig) -> int:
     model = load_checkpoint(checkpoint.directory, model_config, new_head=new_head)
     inject_lora(model, config.lora)
     count = count_parameters(model)
+    compute.cast_frozen(model.roberta)
     model.to(compute.device)
+    stepped = compute.compiled(model, settings.compile)  # the same parameters; only training steps go through it
     optimizer = make_optimizer(
         model,
         settings.learning_rate,
@@ -242,6 +244,7 @@ def train(config: RunConfig) -> int:
             config.data.padding,
             compute.device,
             skip,
+            WIDTH_WHEN_COMPILED if settings.compile != "off" else 1,
         )
 
     def logits_on(name: str) -> Tensor:
@@ -323,7 +326,7 @@ def train(config: RunConfig) -> int:
             skip = position.step_of_epoch * settings.accumulation_steps
             for group in groups_of(batches_of_epoch(position.epoch, skip), settings.accumulation_steps):
                 learning_rate = schedule.get_last_lr()[0]
-                loss = train_step(model, group, optimizer, schedule, scaler, compute, settings.max_grad_norm)
+                loss = train_step(stepped, group, optimizer, schedule, scaler, compute, settings.max_grad_norm)
                 waiting.append((learning_rate, loss))
                 position.tokens += sum(batch.tokens for batch in group)
                 position.step += 1

@@ -11,9 +11,11 @@ import hashlib
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -104,14 +106,34 @@ def encode_split(
 
 def _encode_cached(texts: Sequence[str], tokenizer: Tokenizer, description: str) -> tuple[np.ndarray, np.ndarray, int]:
     """Flat ids, offsets and the number of cut texts by way of `datasets`' cache: computed once for these texts."""
-    import datasets  # takes a second to import, and is wanted for this alone
-
     digest = hashlib.sha256(tokenizer.fingerprint.encode())
     for text in texts:
         digest.update(len(text).to_bytes(8, "little") + text.encode("utf-8", "surrogatepass"))
-    key = digest.hexdigest()
-    folder = cache_directory() / "tokenized"
-    folder.mkdir(parents=True, exist_ok=True)
+    path = cache_directory() / "tokenized" / f"{digest.hexdigest()}.arrow"
+    try:
+        table = _read_arrow(path)
+    except (OSError, pa.ArrowInvalid):  # not there yet, or damaged
+        path.unlink(missing_ok=True)
+        _write_cache(texts, tokenizer, description, path)
+        table = _read_arrow(path)
+    # Arrow keeps a column of lists as flat values with offsets: taken as they are, no text becomes a Python object.
+    column = table.column("input_ids")
+    flat = np.concatenate([np.empty(0, np.int32), *(chunk.flatten().to_numpy() for chunk in column.chunks)])
+    lengths = [chunk.value_lengths().to_numpy() for chunk in column.chunks]
+    offsets = np.concatenate([[0], *lengths]).cumsum(dtype=np.int64)
+    return flat, offsets, int(np.sum(table.column("cut").to_numpy()))
+
+
+def _read_arrow(path: Path) -> pa.Table:
+    with pa.memory_map(str(path)) as file:
+        return pa.ipc.open_stream(file).read_all()
+
+
+def _write_cache(texts: Sequence[str], tokenizer: Tokenizer, description: str, path: Path) -> None:
+    """Tokenize with a progress bar; `datasets` writes aside and renames, so the file is there whole or not at all."""
+    import datasets  # takes a second to import, and is wanted for this alone
+
+    path.parent.mkdir(parents=True, exist_ok=True)
 
     def encode(rows: dict[str, list[str]]) -> dict[str, list]:
         ids, cut = tokenizer.encode_batch_with_cuts(rows["text"])
@@ -120,22 +142,16 @@ def _encode_cached(texts: Sequence[str], tokenizer: Tokenizer, description: str)
     if not sys.stderr.isatty():  # in a pipe or CI a bar is noise
         datasets.disable_progress_bars()
     columns = {"input_ids": datasets.Sequence(datasets.Value("int32")), "cut": datasets.Value("bool")}
-    encoded = datasets.Dataset.from_dict({"text": list(texts)}).map(
+    datasets.Dataset.from_dict({"text": list(texts)}).map(
         encode,
         batched=True,
         batch_size=1000,
         remove_columns=["text"],
         features=datasets.Features(columns),
-        cache_file_name=str(folder / f"{key}.arrow"),
-        new_fingerprint=key[:64],
+        cache_file_name=str(path),
+        new_fingerprint=path.stem,
         desc=description,
     )
-    # Arrow keeps a column of lists as flat values with offsets: taken as they are, no text becomes a Python object.
-    column = encoded.data.column("input_ids")
-    flat = np.concatenate([np.empty(0, np.int32), *(chunk.flatten().to_numpy() for chunk in column.chunks)])
-    lengths = [chunk.value_lengths().to_numpy() for chunk in column.chunks]
-    offsets = np.concatenate([[0], *lengths]).cumsum(dtype=np.int64)
-    return flat, offsets, int(np.sum(encoded.data.column("cut").to_numpy()))
 
 
 def bucketed_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -154,10 +170,16 @@ def bucketed_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int
     return [batches[i] for i in random.permutation(len(batches))]
 
 
-def collate(split: EncodedSplit, rows: np.ndarray, pad_token_id: int, padding: Padding) -> Batch:
-    """Pad the given rows on the right: to the longest of them, or to the split's `max_length`."""
+def collate(
+    split: EncodedSplit, rows: np.ndarray, pad_token_id: int, padding: Padding, multiple_of: int = 1
+) -> Batch:
+    """Pad the given rows on the right: to the longest of them, or to the split's `max_length`.
+
+    The longest is rounded up to a `multiple_of` tokens, but not beyond `max_length`: a compiled model sees few widths.
+    """
     lengths = split.lengths[rows]
-    width = split.max_length if padding == "max_length" else int(lengths.max())
+    longest = -(-int(lengths.max()) // multiple_of) * multiple_of
+    width = split.max_length if padding == "max_length" else min(longest, split.max_length)
     mask = np.arange(width) < lengths[:, None]  # (batch, seq)
     ids = np.full(mask.shape, pad_token_id, dtype=np.int64)
     ids[mask] = np.concatenate([split.input_ids[split.offsets[row] : split.offsets[row + 1]] for row in rows])
@@ -173,14 +195,14 @@ def collate(split: EncodedSplit, rows: np.ndarray, pad_token_id: int, padding: P
 class _Batches(Dataset):
     """Batch number i of a fixed list, collated where it is asked for: in a worker process, if there are any."""
 
-    def __init__(self, split: EncodedSplit, rows: list[np.ndarray], pad_token_id: int, padding: Padding) -> None:
-        self.split, self.rows, self.pad_token_id, self.padding = split, rows, pad_token_id, padding
+    def __init__(self, split: EncodedSplit, rows: list[np.ndarray], *how: Any) -> None:
+        self.split, self.rows, self.how = split, rows, how
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Batch:
-        return collate(self.split, self.rows[index], self.pad_token_id, self.padding)
+        return collate(self.split, self.rows[index], *self.how)
 
 
 def _loader(batches: _Batches, device: torch.device) -> Iterable[Batch]:
@@ -206,13 +228,15 @@ def training_batches(
     padding: Padding = "longest",
     device: torch.device = torch.device("cpu"),  # noqa: B008  a device is immutable
     skip: int = 0,
+    multiple_of: int = 1,
 ) -> Iterable[Batch]:
     """The batches of one epoch: length buckets in shuffled order, the same for the same seed and epoch.
 
-    The first `skip` of them are left out: where a run goes on, they were trained on before it was cut off.
+    The first `skip` of them are left out: where a run goes on, they were trained on before it was cut off. Padding is
+    that of `collate`.
     """
     rows = bucketed_batches(split.lengths, batch_size, seed, epoch)[skip:]
-    return _loader(_Batches(split, rows, pad_token_id, padding), device)
+    return _loader(_Batches(split, rows, pad_token_id, padding, multiple_of), device)
 
 
 def evaluation_batches(

@@ -72,6 +72,8 @@ class TrainConfig:
     """Type of the matmuls: auto is bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train: auto takes a GPU if there is one."""
+    compile: Literal["off", "on", "cuda-graphs"] = "off"
+    """Compile the model by torch.compile, for long runs on a GPU: it takes a minute before the first step."""
     seed: int = 0
     """Seeds Python, numpy, torch, the validation split and the order of batches."""
     log_every: int = 10

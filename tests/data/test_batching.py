@@ -60,6 +60,12 @@ def test_fixed_padding_is_to_the_maximum_length():
     assert batch.input_ids.shape == (2, 12) and int(batch.attention_mask.sum()) == 4
 
 
+@pytest.mark.parametrize(("multiple", "width"), [(1, 5), (4, 8), (32, 12)])
+def test_widths_are_rounded_up_but_not_beyond_the_maximum(multiple, width):
+    batch = collate(split_of([5, 3]), np.array([0, 1]), pad_token_id=1, padding="longest", multiple_of=multiple)
+    assert batch.input_ids.shape == (2, width) and batch.attention_mask.sum(dim=1).tolist() == [5, 3]
+
+
 def test_evaluation_goes_by_length_and_knows_its_rows():
     split = split_of([7, 2, 9, 1, 4])
     batches = list(evaluation_batches(split, 2, 1))
@@ -113,3 +119,13 @@ def test_encoding_without_cache_is_the_same_and_leaves_no_file(tokenizer, tmp_pa
     assert not (tmp_path / "none").exists()
     cached = encode_split(TEXTS, tokenizer)
     assert np.array_equal(plain.input_ids, cached.input_ids) and plain.truncated == cached.truncated
+
+
+def test_a_damaged_cache_is_made_anew(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORABERTA_CACHE", str(tmp_path))
+    split = Split(["goal today", "oil"] * 50, [0, 1] * 50)
+    whole = encode_split(split, tokenizer)
+    (path,) = (tmp_path / "tokenized").iterdir()
+    for damaged in (b"", path.read_bytes()[:100], b"not arrow at all"):
+        path.write_bytes(damaged)
+        assert np.array_equal(encode_split(split, tokenizer).input_ids, whole.input_ids)
