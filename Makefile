@@ -10,13 +10,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train table test fuzz lint clean
+.PHONY: help setup train table test fuzz bench bench-scaling lint clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
 	@echo "LoRABERTa: LoRA for RoBERTa, from scratch"
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo '  make train CONFIG=experiments/agnews/base_r6_a14_qkv.toml ARGS="--lora.rank 8"'
 	@echo "  PYTHON=python3.12 make setup   chooses the interpreter (3.11 or later)"
@@ -35,6 +35,12 @@ test: $(VENV)/.installed-dev ## run all proofs and tests
 
 fuzz: $(VENV)/.installed-dev ## give every reader 100,000 broken files (FILES=...)
 	LORABERTA_FUZZ=$(FILES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -n 2 tests/fuzz $(ARGS)
+
+bench: $(VENV)/.installed-dev ## compare with peft + transformers side by side: ARGS="--device cuda --json out.json"
+	@$(BIN)/python -m benchmarks.against_peft $(ARGS)
+
+bench-scaling: $(VENV)/.installed-dev ## how seconds and memory grow with batch, length, rank, layers and rows
+	@$(BIN)/python -m benchmarks.scaling $(ARGS)
 
 lint: $(VENV)/.installed-dev ## check style and types of mistakes
 	$(BIN)/ruff check .

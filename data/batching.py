@@ -170,9 +170,7 @@ def bucketed_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int
     return [batches[i] for i in random.permutation(len(batches))]
 
 
-def collate(
-    split: EncodedSplit, rows: np.ndarray, pad_token_id: int, padding: Padding, multiple_of: int = 1
-) -> Batch:
+def collate(split: EncodedSplit, rows: np.ndarray, pad_token_id: int, padding: Padding, multiple_of: int = 1) -> Batch:
     """Pad the given rows on the right: to the longest of them, or to the split's `max_length`.
 
     The longest is rounded up to a `multiple_of` tokens, but not beyond `max_length`: a compiled model sees few widths.
