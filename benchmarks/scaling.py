@@ -112,6 +112,15 @@ def _in_a_process(call: str) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def _legend_above(*sides: Axes) -> None:
+    """One legend for both scales, above the plot: within it, it would lie on a curve in one sweep or another."""
+    lines = [line for side in sides for line in side.get_lines()]
+    labels = [str(line.get_label()) for line in lines]
+    sides[0].legend(
+        lines, labels, fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(lines)
+    )
+
+
 def _panel(sweep: str, points: list[dict[str, Any]]) -> Callable[[Axes], None]:
     """Seconds (left) and memory (right) over the sweep, with what the arithmetic predicts."""
 
@@ -123,11 +132,13 @@ def _panel(sweep: str, points: list[dict[str, Any]]) -> Callable[[Axes], None]:
         axes.set(xscale="log", yscale="log", xlabel=_LABELS[sweep], ylabel="seconds a step")
         axes.set_xticks(x, [f"{v:,}" for v in x], minor=False)
         axes.minorticks_off()
+        low, high = axes.get_ylim()
+        ticks = [t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low / 1.5 <= t <= high * 1.5]
+        axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
         memory = axes.twinx()
         memory.plot(x, [point["peak_mib"] for point in points], "s--", color=PALETTE[1], label="peak memory")
         memory.set(ylabel="peak memory of the process (MiB)", ylim=(0, None))
-        lines = [*axes.get_lines(), *memory.get_lines()]
-        axes.legend(lines, [line.get_label() for line in lines], fontsize=8, frameon=False)
+        _legend_above(axes, memory)
 
     return draw
 
@@ -151,8 +162,7 @@ def _rows_panel(points: list[dict[str, Any]]) -> Callable[[Axes], None]:
         memory = axes.twinx()
         memory.plot(x, [point["peak_mib"] for point in points], "^--", color=PALETTE[1], label="peak memory")
         memory.set(ylabel="peak memory of the process (MiB)", ylim=(0, None))
-        lines = [*axes.get_lines(), *memory.get_lines()]
-        axes.legend(lines, [line.get_label() for line in lines], fontsize=8, frameon=False)
+        _legend_above(axes, memory)
 
     return draw
 
