@@ -85,7 +85,10 @@ def predicted(sweep: str, value: int) -> float:
 
 
 def pipeline_cost(rows: int, length: int = 30) -> dict[str, float]:
-    """Texts a second of the data pipeline alone: tokenizing, then batches of 32 in buckets, by one process."""
+    """Texts a second of the data pipeline alone: tokenizing, then batches of 32 in buckets.
+
+    Batches are made in this process as for a CPU, and by the two worker processes that a GPU is given.
+    """
     from benchmarks.theirs import minilm_directory
 
     draw = random.Random(0)
@@ -95,12 +98,14 @@ def pipeline_cost(rows: int, length: int = 30) -> dict[str, float]:
     started = time.perf_counter()
     split = encode_split(Split(texts, [0] * rows), tokenizer, cache=False)
     encoded = time.perf_counter()
-    for _ in training_batches(split, 32, tokenizer.pad_token_id, seed=0, epoch=1):
-        pass
-    done = time.perf_counter()
+    rates = {"tokenize_per_second": rows / (encoded - started)}
+    for name, device in (("batch_per_second", "cpu"), ("batch_per_second_by_workers", "cuda")):
+        begun = time.perf_counter()
+        batches = training_batches(split, 32, tokenizer.pad_token_id, 0, 1, device=torch.device(device))
+        assert sum(len(batch.labels) for batch in batches) == rows
+        rates[name] = rows / (time.perf_counter() - begun)
     return {
-        "tokenize_per_second": rows / (encoded - started),
-        "batch_per_second": rows / (done - encoded),
+        **rates,
         "peak_mib": peak_memory_bytes(choose_compute(TrainConfig(device="cpu"))) / 2**20,
     }
 
@@ -156,7 +161,9 @@ def _rows_panel(points: list[dict[str, Any]]) -> Callable[[Axes], None]:
         x = [point["rows"] for point in points]
         axes.plot(x, [point["tokenize_per_second"] for point in points], "o-", color=PALETTE[0], label="tokenizing")
         axes.plot(x, [point["batch_per_second"] for point in points], "s-", color=PALETTE[2], label="making batches")
-        axes.set(xscale="log", xlabel="rows of the training split", ylabel="texts a second", ylim=(0, None))
+        workers = [point["batch_per_second_by_workers"] for point in points]
+        axes.plot(x, workers, "D-", color=PALETTE[3], label="... by 2 workers")
+        axes.set(xscale="log", yscale="log", xlabel="rows of the training split", ylabel="texts a second")
         axes.set_xticks(x, [f"{v:,}" for v in x], minor=False)
         axes.minorticks_off()
         memory = axes.twinx()
@@ -188,7 +195,8 @@ def main(arguments: Arguments) -> int:
             found["rows"].append({"rows": rows, **cost})
             say(
                 f"rows {rows:>7,}   {cost['tokenize_per_second']:9,.0f} texts/s tokenized   "
-                f"{cost['batch_per_second']:9,.0f} texts/s into batches   {cost['peak_mib']:8,.0f} MiB"
+                f"{cost['batch_per_second']:9,.0f} into batches   "
+                f"{cost['batch_per_second_by_workers']:9,.0f} by workers   {cost['peak_mib']:8,.0f} MiB"
             )
         save_png(_rows_panel(found["rows"]), arguments.output / "rows.png", (5.6, 3.6))
     machine = f"{bench.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python "
