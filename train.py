@@ -27,7 +27,7 @@ from data.batching import Batch, encode_split, evaluation_batches, training_batc
 from data.sources import Split, load_source
 from lora.adapter import load_adapter, save_adapter
 from lora.inject import count_parameters, inject_lora
-from roberta.config import RobertaConfig
+from roberta.config import RobertaConfig, model_type
 from roberta.tokenizer import TextTokenizer
 from roberta.weights import has_head, load_checkpoint
 from training.budget import check_budget
@@ -38,6 +38,7 @@ from training.command_line import run_command
 from training.config import RunConfig, parse_command_line
 from training.errors import ConfigError
 from training.html_report import write_html_report
+from training.model_card import write_model_card
 from training.plots import draw_plots
 from training.precision import WIDTH_WHEN_COMPILED, Compute, choose_compute
 from training.progress import Progress, minutes, say
@@ -138,9 +139,10 @@ def groups_of(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
 
 
 def finish(folder: RunFolder) -> None:
-    """What is made of the other files alone: plots, report.html; a finished run has no more use for checkpoints."""
+    """What is made of the other files alone: plots, pages; a finished run has no more use for checkpoints."""
     draw_plots(folder)
     write_html_report(folder)
+    write_model_card(folder)
     if folder.is_complete():
         folder.remove_checkpoints()
 
@@ -414,7 +416,11 @@ def train(config: RunConfig) -> int:
         save_best()
     report = build_report(
         config=config,
-        origins={"data": text.origin, "checkpoint": checkpoint.origin},
+        origins={
+            "data": text.origin,
+            "checkpoint": checkpoint.origin,
+            "model_type": model_type(checkpoint.directory / "config.json"),
+        },
         label_names=text.label_names,
         count=count,
         compute=compute,

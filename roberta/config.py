@@ -154,3 +154,8 @@ class RobertaConfig:
             "id2label": {str(index): name for index, name in enumerate(labels)},
             "label2id": {name: index for index, name in enumerate(labels)},
         }
+
+
+def model_type(path: str | Path) -> str:
+    """ "roberta" or "bert": what a `config.json` that `RobertaConfig.from_file` has read calls its checkpoint."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))["model_type"]

@@ -11,19 +11,23 @@ from typing import Any
 
 import jinja2
 
-_TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_page(template: str, path: Path, **values: Any) -> None:
     """Fill a template of training/templates and write it, whole or not at all. Values that are SVG are `Markup`."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    text = environment.get_template(template).render(**values)
+    write_whole(path, environment.get_template(template).render(**values))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
     part = path.with_name(f"{path.name}.part{os.getpid()}")
     try:
         part.write_text(text, encoding="utf-8", errors="replace")

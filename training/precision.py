@@ -67,7 +67,8 @@ class Compute:
     def describe(self) -> str:
         """For the lines printed before training."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
-        threads = "" if self.device.type == "cuda" else f", {torch.get_num_threads()} threads"
+        count = torch.get_num_threads()
+        threads = "" if self.device.type == "cuda" else f", {count} thread{'s' if count > 1 else ''}"
         return f"{name}{threads}, {self.precision}"
 
 

@@ -7,6 +7,7 @@ adapter/         the best adapter so far: peft's two files and the tokenizer
 checkpoint/      all that an exact resume needs, while the run is not finished
 report.json      final scores, counts, times
 report.html      all of it on one page
+README.md        the model card: what it is, how good, its limits, how to load it
 plots/           the curves as images
 tensorboard/     what metrics.jsonl holds, for TensorBoard, if asked for
 """
@@ -43,6 +44,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoint"
         self.report = self.path / "report.json"
         self.html = self.path / "report.html"
+        self.card = self.path / "README.md"
         self.plots = self.path / "plots"
         self._board: Any = None
 

@@ -1,0 +1,62 @@
+"""README.md of a run: its numbers are the report's, its code loads the model, what data contains stays text."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from evaluate import Arguments, classify, load_trained
+from roberta.tokenizer import TextTokenizer
+from train import train
+from training.config import read_config
+from training.model_card import escaped, write_model_card
+from training.run_folder import RunFolder
+
+
+@pytest.fixture
+def run_folder(tiny_config):
+    assert train(read_config(tiny_config)) == 0
+    return RunFolder(read_config(tiny_config).output)
+
+
+def test_a_card_holds_the_reports_numbers_and_its_code_loads_the_adapter(run_folder):
+    card = run_folder.card.read_text()
+    report = json.loads(run_folder.report.read_text())
+    assert f"| test accuracy | {100 * report['test']['accuracy']:.2f} % |" in card
+    assert f"{report['trainable_parameters']:,} of {report['total_parameters']:,}" in card
+    for label, row in report["test"]["per_class"].items():
+        assert f"| {label} | {row['support']} | {row['precision']:.3f} |" in card
+    assert run_folder.config.read_text().strip() in card
+
+    (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    code = code.replace("tokenizer = ", "# ")  # the tiny tokenizer of the tests is no class of theirs
+    loaded = {}
+    exec(code, loaded)
+    texts = ["goal in the cup", "oil price today"]
+    ours = classify(load_trained(Arguments(run=run_folder.path)), texts)
+    tokenizer = TextTokenizer.from_directory(run_folder.adapter, 16)
+    with torch.no_grad():
+        logits = [loaded["model"](torch.tensor([ids])).logits[0] for ids in tokenizer.encode_batch(texts)]
+    torch.testing.assert_close(torch.stack(logits).softmax(dim=-1), ours, rtol=1e-5, atol=1e-6)
+
+
+def test_cards_of_other_runs(run_folder):
+    report = json.loads(run_folder.report.read_text())
+
+    def card(**changes):
+        run_folder.report.write_text(json.dumps(report | changes))
+        write_model_card(run_folder)
+        return run_folder.card.read_text()
+
+    interrupted = card(test=None, complete=False)
+    assert "was interrupted" in interrupted and "## Scores" not in interrupted and "test accuracy" not in interrupted
+
+    bert = card(origins=report["origins"] | {"model_type": "bert"})  # merged before transformers opens it
+    assert "--export merged/" in bert and "PeftModel" not in bert
+
+    evil = "<b>a|b</b>\n# [x](http://y) `z`"  # names from data stay text
+    row = next(iter(report["test"]["per_class"].values()))
+    named = card(label_names=[evil], test=report["test"] | {"per_class": {evil: row}})
+    assert evil not in named and "\\<b\\>a\\|b\\</b\\> \\# \\[x\\](http://y) \\`z\\`" in named
+    assert escaped("plain words") == "plain words"
