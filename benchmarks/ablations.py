@@ -20,9 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import ops.linear
 from benchmarks import against_peft as bench
 from lora.linear import LoRALinear, PackedLoRALinear
 from ops.dropout import Dropout, dropout_mask, rounded
+from ops.linear import linear
 from roberta.model import Attention, Roberta
 from training.command_line import parse_options, run_command
 from training.config import TrainConfig
@@ -66,8 +68,8 @@ def three_projections(self: PackedLoRALinear, x: Tensor, blocks: tuple[str, ...]
 def sum_of_two(self: PackedLoRALinear, x: Tensor, blocks: tuple[str, ...] | None = None) -> Tensor:
     """Packed, but the update is a tensor of its own that is added to the base's."""
     modules = [self.get_submodule(name) for name in blocks or self.packed_blocks]
-    linears = [module.base if isinstance(module, LoRALinear) else module for module in modules]
-    y = F.linear(x, torch.cat([linear.weight for linear in linears]), torch.cat([linear.bias for linear in linears]))
+    bases = [module.base if isinstance(module, LoRALinear) else module for module in modules]
+    y = linear(x, torch.cat([base.weight for base in bases]), torch.cat([base.bias for base in bases]))
     low = F.linear(modules[0].dropout(x), torch.cat([module.lora_A for module in modules]))
     return y + F.linear(low, torch.block_diag(*(module.scaling * module.lora_B for module in modules)))
 
@@ -79,8 +81,8 @@ def fused_attention(self: Attention, query: Tensor, key: Tensor, value: Tensor, 
 
 
 @contextmanager
-def put(owner: type, name: str, plain: Callable[..., Any]) -> Iterator[None]:
-    """`plain` in the place of a method, for a while."""
+def put(owner: Any, name: str, plain: Any) -> Iterator[None]:
+    """`plain` in the place of a method or a name of a module, for a while."""
     kept = getattr(owner, name)
     setattr(owner, name, plain)
     try:
@@ -89,7 +91,8 @@ def put(owner: type, name: str, plain: Callable[..., Any]) -> Iterator[None]:
         setattr(owner, name, kept)
 
 
-CHANGES: list[tuple[str, float, type, str, Callable[..., Any]]] = [
+CHANGES: list[tuple[str, float, Any, str, Any]] = [
+    ("matmuls by oneDNN", 0.0, ops.linear, "_ONEDNN", None),
     ("dropout masks from bulk random bits", 0.1, Dropout, "forward", torchs_dropout),
     ("attention written out where it has dropout", 0.1, Attention, "_attend", fused_attention),
     ("masks kept as bytes", 0.1, Dropout, "forward", float_masks),
@@ -120,7 +123,7 @@ def main(arguments: Arguments) -> int:
             continue
         step = bench.our_step(bench.our_model(bench.MINILM, dropout), compute)
 
-        def without(step: Any = step, owner: type = owner, method: str = method, plain: Any = plain) -> None:
+        def without(step: Any = step, owner: Any = owner, method: str = method, plain: Any = plain) -> None:
             with put(owner, method, plain):
                 step(batch)
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops.dropout import Dropout
+from ops.linear import linear
 
 
 class LoRALinear(nn.Module):
@@ -126,11 +127,9 @@ class PackedLoRALinear(nn.Module):
     def forward(self, x: Tensor, blocks: tuple[str, ...] | None = None) -> Tensor:
         """(..., in) -> (..., sum of the blocks' out), of the named blocks in the order given; of all by default."""
         modules = [self.get_submodule(name) for name in blocks or self.packed_blocks]
-        linears = [module.base if isinstance(module, LoRALinear) else module for module in modules]
+        bases = [module.base if isinstance(module, LoRALinear) else module for module in modules]
         shape, x = x.shape[:-1], x.flatten(0, -2)  # (tokens, in): the product is then no view, and can be added to
-        y = F.linear(
-            x, torch.cat([linear.weight for linear in linears]), torch.cat([linear.bias for linear in linears])
-        )
+        y = linear(x, torch.cat([base.weight for base in bases]), torch.cat([base.bias for base in bases]))
         adapted = [module for module in modules if isinstance(module, LoRALinear) and not module.merged]
         if not adapted:
             return y.view(*shape, -1)
@@ -138,8 +137,8 @@ class PackedLoRALinear(nn.Module):
         # Block-diagonal (sum out, sum r); a block without an update contributes rows but no columns.
         stacked_B = torch.block_diag(
             *(
-                module.scaling * module.lora_B if module in adapted else linear.weight.new_empty(linear.out_features, 0)
-                for module, linear in zip(modules, linears, strict=True)
+                module.scaling * module.lora_B if module in adapted else base.weight.new_empty(base.out_features, 0)
+                for module, base in zip(modules, bases, strict=True)
             )
         )
         low = F.linear(adapted[0].dropout(x), stacked_A.to(x.dtype))  # (tokens, sum r)

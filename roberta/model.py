@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops.dropout import Dropout
+from ops.linear import Linear, linear
 from roberta.config import RobertaConfig
 
 
@@ -65,14 +66,14 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.packed_blocks = tuple(blocks)
         for name, out_features in blocks.items():
-            self.add_module(name, nn.Linear(in_features, out_features))
+            self.add_module(name, Linear(in_features, out_features))
 
     def forward(self, x: Tensor, blocks: tuple[str, ...] | None = None) -> Tensor:
         """(..., in) -> (..., sum of the blocks' out), of the named blocks in the order given; of all by default."""
         layers = [self.get_submodule(name) for name in blocks or self.packed_blocks]
         weight = torch.cat([layer.weight for layer in layers])  # (sum out, in)
         bias = torch.cat([layer.bias for layer in layers])  # (sum out,)
-        return F.linear(x, weight, bias)
+        return linear(x, weight, bias)
 
 
 class AddAndNorm(nn.Module):
@@ -83,7 +84,7 @@ class AddAndNorm(nn.Module):
 
     def __init__(self, in_features: int, config: RobertaConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(in_features, config.hidden_size)
+        self.dense = Linear(in_features, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
@@ -148,7 +149,7 @@ class Intermediate(nn.Module):
 
     def __init__(self, config: RobertaConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.dense = Linear(config.hidden_size, config.intermediate_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(batch, seq, hidden) -> (batch, seq, intermediate)."""
@@ -216,9 +217,9 @@ class ClassificationHead(nn.Module):
     def __init__(self, config: RobertaConfig) -> None:
         super().__init__()
         dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
         self.dropout = Dropout(dropout)
-        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
+        self.out_proj = Linear(config.hidden_size, config.num_labels)
 
     def forward(self, sentence: Tensor) -> Tensor:
         """(batch, hidden) -> (batch, labels)."""

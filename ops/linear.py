@@ -1,0 +1,79 @@
+"""The matmul of a linear layer, by the faster of the two libraries that torch has for it on a CPU.
+
+    y = x W^T + b
+
+In float32 on a CPU `F.linear` calls BLAS (MKL in torch's own builds), though torch also carries oneDNN, which it uses
+for 16-bit types and in compiled models. On a processor not made by Intel, where MKL leaves wide vectors unused, oneDNN
+takes half the time (docs/performance.md). Everything else (other types, autocast, GPUs) is `F.linear`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def _find_onednn() -> Any:
+    """oneDNN's linear layer, or None in a build of torch that lacks it."""
+    try:
+        # What torch's compiler calls; it has no public name, hence the way out.
+        return torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
+    except AttributeError:
+        return None
+
+
+_ONEDNN = _find_onednn()
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b with nothing applied to the result: oneDNN could append an activation."""
+    return _ONEDNN(x, weight, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    """dL/dx = G W,   dL/dW = G^T x,   dL/db = sum over rows of G,   with G = dL/dy; x is kept only if W is trained."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            _product(gradient, weight.t()) if needs_x else None,
+            _product(gradient.t(), x.t()) if needs_weight else None,
+            gradient.sum(dim=0) if needs_bias else None,
+        )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(..., in), (out, in) and (out,) -> (..., out)."""
+    by_onednn = (
+        _ONEDNN is not None
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and x.numel() > 0
+    )
+    if not by_onednn:
+        return F.linear(x, weight, bias)
+    if x.dim() == 2:  # no view around the result, so that a caller may add to it in place
+        return _Linear.apply(x.contiguous(), weight, bias)
+    return _Linear.apply(x.flatten(0, -2).contiguous(), weight, bias).view(*x.shape[:-1], -1)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` by way of `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return linear(x, self.weight, self.bias)
