@@ -271,10 +271,11 @@ def efficiency(model: str, rows: int, length: int, compute: Compute, pairs: int)
 
 
 _MEMORY = """
-import resource, sys, torch
+import sys
 from benchmarks import against_peft as bench, theirs
 from training.config import TrainConfig
 from training.precision import choose_compute
+from training.report import peak_memory_bytes
 side, model, rows, length, device = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
 compute = choose_compute(TrainConfig(device=device))
 config = bench.MODELS[model]
@@ -287,10 +288,7 @@ else:
     step = theirs.step(theirs.fresh_peft_model(config, 0.1, bench.LORA).to(compute.device), compute)
 step(bench.random_batch(config, 2, 8, compute.device))
 step(batch)
-if device == "cuda":
-    print(torch.cuda.max_memory_allocated())
-else:
-    print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peak_memory_bytes(compute))
 """
 
 

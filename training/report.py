@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import re
 import resource
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +22,11 @@ def peak_memory_bytes(compute: Compute) -> int:
     """Most memory held so far: on a GPU what torch allocated there, else the process's resident set."""
     if compute.device.type == "cuda":
         return torch.cuda.max_memory_allocated(compute.device)
-    unit = 1 if platform.system() == "Darwin" else 1024  # Linux counts in KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    try:  # Linux; getrusage there starts at what the parent process held when it started this one
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    except (OSError, TypeError):
+        unit = 1 if platform.system() == "Darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def build_report(
