@@ -149,13 +149,15 @@ def _trainer(checkpoint: Path, split: Split, lora: LoRAConfig, grouped: bool, on
     if grouped:  # renamed in transformers 5
         name = "group_by_length" if "group_by_length" in transformers.TrainingArguments.__dataclass_fields__ else None
         settings |= {name: True} if name else {"train_sampling_strategy": "group_by_length"}
-    return transformers.Trainer(
+    trainer = transformers.Trainer(
         model=model,
         args=transformers.TrainingArguments(**settings),
         train_dataset=rows,
         processing_class=tokenizer,
         data_collator=transformers.DataCollatorWithPadding(tokenizer),
     )
+    trainer.remove_callback(transformers.PrinterCallback)  # prints a line among the figures
+    return trainer
 
 
 def trainer_epoch(
