@@ -74,6 +74,8 @@ class TrainConfig:
     """Where to train: auto takes a GPU if there is one."""
     seed: int = 0
     """Seeds Python, numpy, torch, the validation split and the order of batches."""
+    deterministic: bool = False
+    """On a GPU: only kernels that give the same bits each time, at some cost in speed (on a CPU all of them do)."""
     log_every: int = 10
     """Optimizer steps between two lines of metrics.jsonl."""
     checkpoint_minutes: float = 10.0
