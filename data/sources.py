@@ -6,10 +6,10 @@ as it is read, and a bad one is named by file and row; nothing is skipped silent
 
 from __future__ import annotations
 
+import codecs
 import csv
 import dataclasses
 import hashlib
-import io
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from data.assets import fetch_text_files, hub_is_reachable, raise_if_unwritable
+from data.assets import HubFailure, ask_hub, fetch_text_files, hub_is_reachable, raise_if_unwritable
 from data.augmentation import AugmentationConfig
 from data.cleaning import CleaningConfig, make_cleaner
 from data.errors import DataError
+from ops.files import size_of_plain_file
 
 AG_NEWS_LABELS = ("World", "Sports", "Business", "Sci/Tech")
 _AG_NEWS_ON_HUB = "fancyzhx/ag_news"
@@ -28,6 +29,11 @@ _AG_NEWS_ON_HUB = "fancyzhx/ag_news"
 LABELS_OF_NAMED_SOURCES = {"ag_news": 4, "reuters-r8": 8, "reuters-r52": 52, "20newsgroups": 20}
 _TAB_FILES = ("reuters-r8", "reuters-r52", "20newsgroups")
 _FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
+# A row of a file, in characters: far more than any text of which 512 tokens are read.
+_LONGEST_ROW = 10_000_000
+# A compressed file may unpack to so many times its size, and so many bytes more; news text gets 3 to 10 times as large.
+_UNPACKED_RATIO, _UNPACKED_AT_ALL = 1000, 1 << 26
+_ID_COLUMNS = ("id", "ID")
 _FOR_FILES = ("test_file", "validation_file", "text_columns", "label_column")
 
 
@@ -186,7 +192,7 @@ def _ag_news_from_hub() -> tuple[list[_Row], list[_Row], str]:
         try:
             datasets.config.HF_HUB_OFFLINE = True  # the cache alone: no question to the hub, no retries
             loaded, origin = datasets.load_dataset(_AG_NEWS_ON_HUB), "cached, from the hub"
-        except (OSError, ValueError) as error:
+        except Exception as error:  # not there, or damaged: of no common class
             raise_if_unwritable(error)
             if not hub_is_reachable():
                 raise DataError(
@@ -194,13 +200,10 @@ def _ag_news_from_hub() -> tuple[list[_Row], list[_Row], str]:
                     "test.csv by data.directory"
                 ) from None
             datasets.config.HF_HUB_OFFLINE = was_offline
-            loaded, origin = datasets.load_dataset(_AG_NEWS_ON_HUB), "from the hub"
-    except DataError:
-        raise
-    except Exception as error:  # lost connection, an answer of another form: of no common class
-        raise_if_unwritable(error)
+            loaded, origin = ask_hub(lambda: datasets.load_dataset(_AG_NEWS_ON_HUB)), "from the hub"
+    except HubFailure as failure:
         raise DataError(
-            f"ag_news: the hub did not give it ({type(error).__name__}); try again later, or give a folder with "
+            f"ag_news: the hub did not give it ({failure}); try again later, or give a folder with "
             "train.csv and test.csv by data.directory"
         ) from None
     finally:
@@ -224,9 +227,9 @@ def _from_tab_files(config: DataConfig, seed: int) -> LabelledText:
     train, test = (
         [
             _Row(text, label, f"{path}, row {number}")
-            for number, line in enumerate(_read_text(path).split("\n")[3:], start=4)
-            for label, _, text in [line.partition("\t")]
-            if line.strip()
+            for number, line in enumerate(_lines(path, newline="\n"), start=1)
+            for label, _, text in [line.removesuffix("\n").partition("\t")]
+            if number > 3 and line.strip()
         ]
         for path in (train_path, test_path)
     )
@@ -258,7 +261,7 @@ def read_unlabelled(
         text = " ".join(_file_text(row[name], name, where) for name in text_columns)
         if not text.strip():
             raise DataError(f"{where}: the text is empty; remove the row or fill it in")
-        column = id_column or next((name for name in ("id", "ID") if name in row), None)
+        column = id_column or next((name for name in _ID_COLUMNS if name in row), None)
         ids.append(str(number if column is None else row[column]))
         texts.append(text)
     if not texts:
@@ -337,11 +340,20 @@ def _delimited(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, dict[
 
 def _csv_records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Records with the number of each, counted from 1 as a spreadsheet does; blank lines are none."""
-    csv.field_size_limit(1 << 30)
-    number = 0
+    csv.field_size_limit(_LONGEST_ROW)
+    number = read = 0  # records, and characters since the last: quotes may run over any number of lines
+
+    def lines() -> Iterator[str]:
+        nonlocal read
+        for line in _lines(path, newline=""):
+            read += len(line)
+            if read > _LONGEST_ROW:
+                raise csv.Error(f"longer than {_LONGEST_ROW:,} characters")
+            yield line
+
     try:
-        for fields in csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True):
-            number += 1
+        for fields in csv.reader(lines(), delimiter=delimiter, strict=True):
+            number, read = number + 1, 0
             if fields:
                 yield number, fields
     except csv.Error as error:
@@ -350,7 +362,7 @@ def _csv_records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
 
 def _json_lines(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
     """One JSON object a line."""
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    for number, line in enumerate(_lines(path, newline="\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -368,36 +380,73 @@ def _parquet(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, dict[st
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
+        size = size_of_plain_file(path)
+        file = pyarrow.parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        claimed = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; check the path") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a Parquet file ({str(error).splitlines()[0]}); write it again") from None
-    missing = [name for name in wanted if name not in table.column_names]
+    missing = [name for name in wanted if name not in names]
     if missing:
-        raise DataError(f"{path}: no column {missing[0]!r}; there are {', '.join(table.column_names)}")
+        raise DataError(f"{path}: no column {missing[0]!r}; there are {', '.join(names)}")
+    most = _UNPACKED_AT_ALL + _UNPACKED_RATIO * size
+    # A value that is repeated a million times takes a few bytes in the file, and a Python object each in memory.
+    if claimed + 64 * file.metadata.num_rows > most:
+        raise DataError(f"{path}: {size:,} bytes unpack to more than {most:,}; write it again in several files")
+    columns = [name for name in names if name in wanted or name in _ID_COLUMNS]
+    number = unpacked = 0
     try:
-        rows = table.to_pylist()
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # text that is not UTF-8, a date beyond all
-        raise DataError(f"{path}: has a value that can't be read ({error}); write it again") from None
-    for number, row in enumerate(rows, start=1):
-        yield f"{path}, row {number}", row
+        for batch in file.iter_batches(batch_size=100, columns=list(dict.fromkeys(columns))):
+            unpacked += batch.nbytes
+            if unpacked > most:
+                raise DataError(f"{path}: {size:,} bytes unpack to more than {most:,}; write it again in several files")
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
+        # Text that is not UTF-8, a date beyond all, a page that is not what its header says.
+        raise DataError(
+            f"{path}: has a value that can't be read ({str(error).splitlines()[0]}); write it again"
+        ) from None
 
 
-def _read_text(path: Path) -> str:
-    """A whole UTF-8 file, with or without a byte-order mark."""
+def _lines(path: Path, newline: str) -> Iterator[str]:
+    """The lines of a UTF-8 file, with or without a byte-order mark, each with its end; `newline` as for `open`.
+
+    One line at a time and none longer than _LONGEST_ROW, so that no file can fill the memory by being read.
+    """
+    number = 0
     try:
-        raw = path.read_bytes()
+        size_of_plain_file(path)
+        with path.open(encoding="utf-8-sig", newline=newline) as file:
+            while line := file.readline(_LONGEST_ROW + 1):
+                number += 1
+                if len(line) > _LONGEST_ROW:
+                    raise DataError(f"{path}, row {number}: longer than {_LONGEST_ROW:,} characters; cut or remove it")
+                yield line
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; check the path") from None
+    except UnicodeDecodeError:
+        row, at = _not_utf8(path)
+        raise DataError(f"{path}, row {row}: not UTF-8 (byte {at}); save the file as UTF-8") from None
     except OSError as error:
         raise DataError(f"{path}: can't be read ({error.strerror})") from None
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        at = error.start + len(raw) - len(error.object)  # the decoder does not count a byte-order mark
-        row = raw.count(b"\n", 0, at) + 1
-        raise DataError(f"{path}, row {row}: not UTF-8 (byte {at}); save the file as UTF-8") from None
+
+
+def _not_utf8(path: Path) -> tuple[int, int]:
+    """Row, from 1, and place in bytes of the first byte that is not UTF-8 in a file that has one."""
+    decoder, row, before = codecs.getincrementaldecoder("utf-8")(), 1, 0
+    with path.open("rb") as file:
+        while True:
+            block = file.read(1 << 16)
+            pending = len(decoder.getstate()[0])  # the start of a character whose rest is in this block
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                return row + error.object[: error.start].count(b"\n"), before - pending + error.start
+            row, before = row + block.count(b"\n"), before + len(block)
 
 
 # --- rows to splits -----------------------------------------------------------------------------------------------

@@ -20,14 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import nn
 
 from lora.config import LoRAConfig, LoRAError
 from lora.inject import inject_lora, lora_layers
 from lora.linear import LoRALinear
-from lora.targets import matches, pattern_value
+from lora.targets import could_hang, matches, pattern_value
+from ops.files import not_floats, open_safetensors, read_settings
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -64,6 +65,8 @@ _WITHOUT_EFFECT = {
 _WRAPPER_PARTS = (".original_module.", ".modules_to_save.")
 # peft adds both names to modules_to_save for every classifier; a model has the one or the other.
 _HEAD_NAMES = ("classifier", "score")
+# More than any encoder has layers to name; as many patterns as `re` keeps compiled.
+_MOST_NAMES, _MOST_PATTERNS = 1000, 250
 
 
 def save_adapter(
@@ -123,7 +126,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> LoRAConfig:
     parameters = dict(model.named_parameters())
     wanted = _file_keys(model, config)
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with open_safetensors(path) as file:
             # With bias="all" peft writes the biases of modules trained in full twice more, under its wrapper's names.
             held = {key for key in file.keys() if not any(part in key for part in _WRAPPER_PARTS)}
             lost = {key for key in set(wanted) - held if key.endswith(".base_layer.bias")}
@@ -139,22 +142,28 @@ def load_adapter(model: nn.Module, directory: str | Path) -> LoRAConfig:
             # Frozen parameters that the base checkpoint lacks (see save_adapter) lie there under their own names.
             wanted |= {key: name for key in held - set(wanted) if (name := key.removeprefix(_PREFIX)) in parameters}
             _refuse(path, "holds unexpected", held - set(wanted), "adapter_config.json describes another adapter")
+            kinds = {text for text in not_floats(file) if text.rpartition(" ")[0] in wanted}
+            _refuse(path, "holds no floating-point numbers in", kinds, "train the adapter without quantization")
+            shapes = {key: (file.get_slice(key).get_shape(), list(parameters[wanted[key]].shape)) for key in wanted}
+            wrong = {f"{key} ({found}, not {due})" for key, (found, due) in shapes.items() if found != due}
+            _refuse(path, "has the wrong shape in", wrong, "it was trained on another base model or number of labels")
             loaded = {key: file.get_tensor(key) for key in wanted}
     except FileNotFoundError:
         raise LoRAError(f"{path}: no such file; an adapter folder needs its weights as safetensors") from None
     except (SafetensorError, OSError) as error:
         raise LoRAError(f"{path}: not a whole safetensors file ({error}); fetch the adapter again") from None
-    wrong = {
-        f"{key} ({list(tensor.shape)}, not {list(parameters[wanted[key]].shape)})"
-        for key, tensor in loaded.items()
-        if tensor.shape != parameters[wanted[key]].shape
-    }
-    _refuse(path, "has the wrong shape in", wrong, "it was trained on another base model or number of labels")
     broken = {key for key, tensor in loaded.items() if not bool(torch.isfinite(tensor.float()).all())}
     _refuse(path, "has values that are not finite in", broken, "its training failed; use another")
     with torch.no_grad():
         for key, tensor in loaded.items():
             parameters[wanted[key]].copy_(tensor)
+        for name, layer in lora_layers(model).items():
+            # No entry of s B A is larger than this; the three may each be finite, and their product not.
+            largest = (
+                abs(layer.scaling) * layer.rank * layer.lora_A.abs().max().item() * layer.lora_B.abs().max().item()
+            )
+            if not largest < torch.finfo(layer.lora_A.dtype).max:
+                raise LoRAError(f"{directory}: the update of {name} is not finite (alpha {layer.alpha:g}); use another")
     return config
 
 
@@ -210,10 +219,26 @@ def read_adapter_config(directory: str | Path, model: nn.Module | None = None) -
         )
     if values.get("layers_to_transform") == ():
         del values["layers_to_transform"]
+    _refuse_endless_search(path, values)
     try:
         return LoRAConfig(**values)
     except (LoRAError, TypeError, AttributeError) as error:
         raise LoRAError(f"{path}: {error}") from None
+
+
+def _refuse_endless_search(path: Path, values: dict[str, Any]) -> None:
+    """Raise LoRAError if looking for the layers that a stranger's settings name could take longer than anyone waits."""
+    for name, value in values.items():
+        most = _MOST_PATTERNS if isinstance(value, dict) else _MOST_NAMES
+        if isinstance(value, dict | tuple) and len(value) > most:
+            raise LoRAError(f"{path}: {_FIELDS[name]} has {len(value):,} entries; {most:,} at most are read")
+    held = [values.get(name) for name in ("rank_pattern", "alpha_pattern", "target_modules")]
+    expressions = [key for value in held for key in (value if isinstance(value, dict) else [value])]
+    for expression in expressions:
+        if isinstance(expression, str) and could_hang(expression):
+            raise LoRAError(
+                f"{path}: the regular expression {expression!r} could take for ever to match; name the layers instead"
+            )
 
 
 def _refuse_larger_ranks(model: nn.Module, config: LoRAConfig, directory: Path) -> None:
@@ -247,7 +272,7 @@ def adapter_shapes(directory: str | Path) -> dict[str, list[int]]:
     """
     path = Path(directory) / WEIGHTS_NAME
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with open_safetensors(path) as file:
             return {key.removeprefix(_PREFIX): file.get_slice(key).get_shape() for key in file.keys()}
     except FileNotFoundError:
         raise LoRAError(f"{path}: no such file; an adapter folder needs its weights as safetensors") from None
@@ -282,7 +307,7 @@ def _file_keys(model: nn.Module, config: LoRAConfig) -> dict[str, str]:
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or LoRAError."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_settings(path)
     except FileNotFoundError:
         raise LoRAError(f"{path}: no such file; an adapter folder needs its settings") from None
     except OSError as error:

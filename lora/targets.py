@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Value = TypeVar("Value")
 
@@ -43,3 +43,45 @@ def pattern_value(patterns: Mapping[str, Value], name: str, default: Value) -> V
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
     return default
+
+
+def could_hang(expression: str) -> bool:
+    """Whether matching a regular expression against a module's name could take longer than anyone waits.
+
+    Python's matcher goes back to try every way to divide a text among repeats. A repeated group that holds a repeat,
+    an option or a choice, like (a+)+, has exponentially many ways (Cox 2007, "Regular Expression Matching Can Be Simple
+    And Fast"); d repeats in a row have some n^d / d! for n characters, so three are allowed. On the safe side: some
+    harmless expressions are named too. No regular expression is compiled or run here.
+    """
+    # Of each open group: repeats in a row of the alternatives before and in this one; anything in it to try again.
+    groups: list[list[Any]] = [[0, 0, False]]
+    closed: list[Any] | None = None  # the group that ended right before this character
+    at = 0
+    while at < len(expression):
+        character, inner, closed = expression[at], closed, None
+        at += 1
+        group = groups[-1]
+        if character == "\\":
+            at += 1
+        elif character == "[":
+            at += 1 + (expression[at : at + 1] == "^")  # a "]" that comes first stands for itself
+            while at < len(expression) and expression[at] != "]":
+                at += 2 if expression[at] == "\\" else 1
+            at += 1
+        elif character == "(":
+            groups.append([0, 0, False])
+            at += expression[at : at + 1] == "?"  # (?: and the like: no option
+        elif character == ")" and len(groups) > 1:
+            closed = groups.pop()
+            groups[-1][1] += max(closed[0], closed[1])
+            groups[-1][2] |= closed[2]
+        elif character == "|":
+            group[0], group[1], group[2] = max(group[0], group[1]), 0, True
+        elif character in "*+{":
+            if inner is not None and inner[2]:
+                return True
+            group[1], group[2] = group[1] + 1, True
+            at += expression[at : at + 1] in ("?", "+")  # lazy or possessive: still one repeat
+        elif character == "?":
+            group[2] = True
+    return any(max(group[0], group[1]) > 3 for group in groups)

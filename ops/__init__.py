@@ -1,1 +1,1 @@
-"""Operations that torch has too, done with less work; `roberta` and `lora` both use them. Knows torch only."""
+"""What `roberta`, `lora` and `data` share beneath them: cheap dropout, and care with files from strangers."""

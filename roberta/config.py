@@ -6,10 +6,11 @@ class. Weights are `roberta.weights`' business, and what a run trains is `traini
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from ops.files import read_settings
 
 
 class CheckpointError(ValueError):
@@ -17,8 +18,9 @@ class CheckpointError(ValueError):
 
 
 # No encoder is near these; a broken or hostile file must not make a million modules.
-_LARGEST = {"num_hidden_layers": 1000, "num_attention_heads": 1000, "type_vocab_size": 1000}
+_LARGEST = {"num_hidden_layers": 200, "num_attention_heads": 1000, "type_vocab_size": 1000}
 _LARGEST_OTHER = 10_000_000
+_MOST_LABELS = 50_000
 
 
 def _check_size(name: str, value: Any) -> None:
@@ -93,7 +95,7 @@ class RobertaConfig:
         """
         path = Path(path)
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = read_settings(path)
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file; a checkpoint folder needs its config.json") from None
         except OSError as error:
@@ -133,6 +135,8 @@ class RobertaConfig:
         if isinstance(labels := raw.get("id2label"), dict):
             if not labels or set(labels) != {str(index) for index in range(len(labels))}:
                 raise CheckpointError("id2label must number the labels 0, 1, 2, ... without gaps")
+            if len(labels) > _MOST_LABELS:
+                raise CheckpointError(f"id2label has {len(labels):,} labels; {_MOST_LABELS:,} at most are read")
             values["label_names"] = tuple(str(labels[str(index)]) for index in range(len(labels)))
         if model_type == "bert":
             for name in ("max_position_embeddings", "pad_token_id"):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from ops.files import LARGEST_TOKENIZER, check_size
 from roberta.config import CheckpointError, RobertaConfig
 
 # As transformers 5 reads these files; 4 also let <mask> swallow the space before it, as tokenizer.json files may say.
@@ -54,14 +55,16 @@ class TextTokenizer:
         directory = Path(directory)
         whole, vocab, merges = (directory / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
         if whole.is_file():
-            source, build = whole, lambda: Tokenizer.from_file(str(whole))
+            source, files, build = whole, (whole,), lambda: Tokenizer.from_file(str(whole))
         elif vocab.is_file() and merges.is_file():
-            source, build = vocab, lambda: _byte_level_bpe(vocab, merges)
+            source, files, build = vocab, (vocab, merges), lambda: _byte_level_bpe(vocab, merges)
         else:
             raise CheckpointError(
                 f"{directory}: holds no tokenizer; it needs tokenizer.json, or vocab.json + merges.txt"
             )
         try:
+            for file in files:
+                check_size(file, LARGEST_TOKENIZER)
             return cls(build(), max_length)
         except CheckpointError as error:
             raise CheckpointError(f"{source}: {error}") from None
@@ -79,10 +82,30 @@ class TextTokenizer:
         return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
 
     def check_fits(self, config: RobertaConfig, where: str | Path) -> None:
-        """Raise CheckpointError, naming `where` it came from, unless every id has a row of the embedding table."""
+        """Raise CheckpointError, naming `where` it came from, unless the model can read what the tokenizer gives.
+
+        Every id must have a row of the embedding table, those put around a text included, which a tokenizer.json may
+        name without having them in its vocabulary; and a text must begin with a token put there, as the vector of the
+        first one is what is classified.
+        """
         if self.vocab_size > config.vocab_size:
             raise CheckpointError(
                 f"{where}: the tokenizer has ids up to {self.vocab_size - 1}, the model rows for {config.vocab_size}; "
+                "they are of different checkpoints"
+            )
+        around, with_text = self.encode_batch(["", "a text"])
+        if max(len(around), len(with_text)) > self.max_length:
+            raise CheckpointError(
+                f"{where}: the tokenizer puts {len(around)} tokens around a text, and {self.max_length} is the longest"
+            )
+        if not around:
+            raise CheckpointError(
+                f"{where}: the tokenizer puts no token before a text, such as <s>; its tokenizer.json lacks the "
+                "post_processor"
+            )
+        if (largest := max(around + with_text)) >= config.vocab_size:
+            raise CheckpointError(
+                f"{where}: the tokenizer puts id {largest} around a text, the model has rows for {config.vocab_size}; "
                 "they are of different checkpoints"
             )
         if self.pad_token_id != config.pad_token_id:
@@ -96,8 +119,16 @@ class TextTokenizer:
         return self.encode_batch_with_cuts(texts)[0]
 
     def encode_batch_with_cuts(self, texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
-        """The ids as `encode_batch` gives them, and for each text whether it was longer than `max_length`."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts))
+        """The ids as `encode_batch` gives them, and for each text whether it was longer than `max_length`.
+
+        Raises CheckpointError if the tokenizer's own rules fail on a text, such as an expression that never ends.
+        """
+        try:
+            encodings = self._tokenizer.encode_batch_fast(list(texts))
+        except BaseException as error:  # the library's: Exception itself, or the panic of its own language
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise CheckpointError(f"the tokenizer fails on a text ({error}); fetch the checkpoint again") from None
         return [encoding.ids for encoding in encodings], [bool(encoding.overflowing) for encoding in encodings]
 
     def save(self, directory: str | Path) -> None:

@@ -19,13 +19,15 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ops.files import not_floats, open_safetensors, read_settings
 from roberta.config import CheckpointError, RobertaConfig
 from roberta.model import RobertaForSequenceClassification
 from roberta.tokenizer import TextTokenizer
@@ -60,7 +62,7 @@ def load_checkpoint(
         model = RobertaForSequenceClassification(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with open_safetensors(path) as file:
             keys = {name: key for key in file.keys() if (name := _parameter_name(key)) is not None}
             draw_head = new_head or not any(name.startswith("classifier.") for name in keys)
             if draw_head:
@@ -69,6 +71,8 @@ def load_checkpoint(
             _refuse(path, "lacks", set(shapes) - set(keys), "it is not a whole RoBERTa or BERT encoder")
             unexpected = {keys[name] for name in set(keys) - set(shapes)}
             _refuse(path, "holds unexpected", unexpected, "it is a checkpoint of another architecture")
+            kinds = [text for text in not_floats(file) if text.rpartition(" ")[0] in keys.values()]
+            _refuse(path, "holds no floating-point numbers in", kinds, "use a checkpoint in 16 or 32 bits")
             # By the file's header, before any memory is taken: config.json may claim anything.
             wrong = []
             for name, key in keys.items():
@@ -87,6 +91,7 @@ def load_checkpoint(
             )
             _refuse(path, "has the wrong shape in", wrong, mend)
 
+            _refuse_larger_than_memory(path, sum(parameter.numel() for parameter in model.parameters()))
             model.to_empty(device="cpu")
             parameters = dict(model.named_parameters())
             if draw_head:
@@ -111,7 +116,7 @@ def has_head(directory: str | Path) -> bool:
     """
     path = Path(directory) / WEIGHTS_NAME
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with open_safetensors(path) as file:
             return any(key.startswith("classifier.") for key in file.keys())
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; a checkpoint folder needs its weights as safetensors") from None
@@ -155,7 +160,7 @@ def _parameter_names(config: RobertaConfig) -> list[str]:
 def _is_bert(config_path: Path) -> bool:
     """Whether the folder's own config.json says so. `RobertaConfig.from_file` reports whatever is wrong with it."""
     RobertaConfig.from_file(config_path)
-    return json.loads(config_path.read_text(encoding="utf-8"))["model_type"] == "bert"
+    return read_settings(config_path)["model_type"] == "bert"
 
 
 def _parameter_name(key: str) -> str | None:
@@ -187,6 +192,16 @@ def _initialise_head(head: nn.Module, config: RobertaConfig) -> None:
             nn.init.zeros_(parameter)
         else:
             nn.init.normal_(parameter, std=config.initializer_range)
+
+
+def _refuse_larger_than_memory(path: Path, parameters: int) -> None:
+    """Raise CheckpointError if so many float32 parameters can't fit into this machine, whatever else is in it."""
+    held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * parameters > held:
+        raise CheckpointError(
+            f"{path}: {parameters:,} parameters take {4 * parameters / 2**30:,.0f} GiB of memory, and this machine has "
+            f"{held / 2**30:,.0f}; use a smaller checkpoint"
+        )
 
 
 def _refuse(path: Path, problem: str, keys: set[str] | list[str], mend: str) -> None:

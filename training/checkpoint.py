@@ -143,10 +143,33 @@ def restore(
     schedule: torch.optim.lr_scheduler.LRScheduler,
     scaler: torch.amp.GradScaler,
 ) -> Position:
-    """Put a checkpoint's values where they belong, random states included, and return where the loop stands."""
+    """Put a checkpoint's values where they belong, random states included, and return where the loop stands.
+
+    Raises ConfigError if it is one of another run: a value is missing, or of another type or shape.
+    """
+    try:
+        return _restore(state, tensors, model, optimizer, schedule, scaler)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ConfigError(
+            f"--resume: the checkpoint does not belong to this run ({what}); start again with --overwrite"
+        ) from None
+
+
+def _restore(
+    state: dict[str, Any],
+    tensors: dict[str, Tensor],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    scaler: torch.amp.GradScaler,
+) -> Position:
     with torch.no_grad():
         for name, value in _trainable(model):
-            value.copy_(tensors[f"parameter/{name}"])
+            held = tensors[f"parameter/{name}"]
+            if held.shape != value.shape:  # `copy_` would repeat a single number
+                raise ValueError(f"{name} is {list(held.shape)}, not {list(value.shape)}")
+            value.copy_(held)
             moments = {
                 key.split("/", 2)[1]: tensor
                 for key, tensor in tensors.items()

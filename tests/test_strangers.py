@@ -1,0 +1,477 @@
+"""Files made by strangers: nothing runs code, hangs, fills the memory or ends in anything but one clear line."""
+
+import ast
+import contextlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import struct
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+from data import sources
+from data.errors import DataError
+from data.sources import DataConfig, load_source, read_unlabelled
+from evaluate import Arguments, evaluate
+from lora.adapter import load_adapter, save_adapter
+from lora.config import LoRAConfig, LoRAError
+from lora.inject import inject_lora
+from lora.targets import could_hang
+from roberta.config import CheckpointError
+from roberta.model import RobertaForSequenceClassification
+from roberta.tokenizer import TextTokenizer
+from roberta.weights import load_checkpoint, save_checkpoint
+from tests.conftest import tiny_tokenizer
+from tests.fuzz.test_fuzz import SMALL
+from train import train
+from training import checkpoint
+from training.command_line import EXIT_BAD_INPUT, run_command
+from training.config import parse_command_line
+from training.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAM = ("ops", "lora", "roberta", "data", "training", "experiments")
+
+
+@contextlib.contextmanager
+def bounded(mebibytes=300, seconds=60):
+    """Within: so much memory more than now, and an end to what hangs."""
+
+    def stop(*_):
+        raise AssertionError(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    if sys.platform == "linux":
+        held = int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+        resource.setrlimit(resource.RLIMIT_DATA, (held + mebibytes * 2**20, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def refused(error, says, read):
+    with pytest.raises(error, match=says) as caught, bounded():
+        read()
+    assert "\n" not in str(caught.value)
+
+
+# --- code ---------------------------------------------------------------------------------------------------------
+
+RUNS_CODE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml", "code", "runpy"}
+CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "np.load", "numpy.load", "os.system", "os.popen"}
+
+
+def dangers(source):
+    """What in a Python source could run code that a file holds."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.split(".")[0] in RUNS_CODE]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+            found += [name for name in names if name.split(".")[0] in RUNS_CODE or name in CALLS]
+        elif isinstance(node, ast.Call):
+            if (name := ast.unparse(node.func)) in CALLS:
+                found.append(name)
+            flags = ("shell", "trust_remote_code", "allow_pickle")
+            found += [keyword.arg for keyword in node.keywords if keyword.arg in flags]
+    return found
+
+
+def test_nothing_in_the_program_could_run_code_from_a_file():
+    paths = [
+        ROOT / "train.py",
+        ROOT / "evaluate.py",
+        *(path for name in PROGRAM for path in (ROOT / name).rglob("*.py")),
+    ]
+    assert len(paths) > 40
+    assert {str(path): found for path in paths if (found := dangers(path.read_text(encoding="utf-8")))} == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["import pickle", "from torch import load", "torch.load('a')", "eval('1')", "import yaml\nyaml.load('')",
+     "import os\nos.system('a')", "run(1, shell=True)", "np.load('a')", "x(trust_remote_code=True)"],
+)  # fmt: skip
+def test_what_could_run_code_is_seen(line):
+    assert dangers(line)
+    assert not dangers("model.eval()\nre.compile('a')\njson.load(f)\nsafetensors.torch.load_file('a')")
+
+
+# --- safetensors --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint and an adapter for it."""
+    torch.manual_seed(0)
+    model = RobertaForSequenceClassification(SMALL)
+    save_checkpoint(model, tmp_path / "base", TextTokenizer(tiny_tokenizer(), 10))
+    config = LoRAConfig(rank=2)
+    inject_lora(model, config)
+    save_adapter(model, config, tmp_path / "adapter", base_model="base")
+    return tmp_path
+
+
+@pytest.fixture(params=["checkpoint", "adapter"])
+def weights(request, folder):
+    """(the safetensors file, what reads it, the error that it raises)."""
+    if request.param == "checkpoint":
+        return folder / "base" / "model.safetensors", lambda: load_checkpoint(folder / "base"), CheckpointError
+    path = folder / "adapter" / "adapter_model.safetensors"
+    return path, lambda: load_adapter(load_checkpoint(folder / "base"), folder / "adapter"), LoRAError
+
+
+def parts(path):
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def write(path, header, body, stated=None):
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if stated is None else stated) + text + body)
+
+
+KINDS = {"I64": 8, "I32": 4, "U16": 2, "BOOL": 1, "C64": 8, "F8_E4M3": 1, "F8_E8M0": 1, "F4": 0.5, "F6_E2M3": 0.75}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_of_other_types_are_named(weights, kind):
+    path, read, error = weights
+    header, body = parts(path)
+    changed, moved = {}, b""
+    names = sorted(set(header) - {"__metadata__"}, key=lambda name: header[name]["data_offsets"])
+    for name in names:
+        begin, end = header[name]["data_offsets"]
+        data, entry = body[begin:end], dict(header[name])
+        if name == names[0]:
+            data, entry["dtype"] = b"\x01" * int(KINDS[kind] * (end - begin) / 4), kind
+        changed[name] = entry | {"data_offsets": [len(moved), len(moved) + len(data)]}
+        moved += data
+    write(path, changed, moved)
+    refused(error, rf"holds no floating-point numbers in {re.escape(names[0])} \({kind}\)", read)
+
+
+@pytest.mark.parametrize("stated", [0, 5, 1 << 23, 1 << 40, (1 << 64) - 1])
+def test_header_lengths_that_lie(weights, stated):
+    path, read, error = weights
+    write(path, *parts(path), stated=stated)
+    refused(error, "not a whole safetensors file", read)
+
+
+def test_a_header_of_a_million_names_is_not_read(weights):
+    path, read, error = weights
+    header, body = parts(path)
+    end = len(body)
+    many = {f"tensor {i}": {"dtype": "F32", "shape": [0], "data_offsets": [end, end]} for i in range(60_000)}
+    write(path, header | many, body)
+    assert path.stat().st_size > 4 << 20
+    refused(error, r"its header claims [\d,]+ bytes", read)
+
+
+def test_overlapping_tensors_and_gaps(weights):
+    path, read, error = weights
+    header, body = parts(path)
+    first, second, *_ = sorted(set(header) - {"__metadata__"}, key=lambda name: header[name]["data_offsets"])
+    write(path, header | {second: header[second] | {"data_offsets": header[first]["data_offsets"]}}, body)
+    refused(error, "not a whole safetensors file", read)
+    write(path, header, body + b"more than is said")
+    refused(error, "not a whole safetensors file", read)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["a tensor of ours", "another one"])
+def test_a_huge_tensor_takes_no_memory(weights, own):
+    """A file of 16 GiB of nothing, which takes no room on the disk either."""
+    path, read, error = weights
+    header, body = parts(path)
+    last = max(set(header) - {"__metadata__"}, key=lambda name: header[name]["data_offsets"])
+    begin = header[last]["data_offsets"][0] if own else len(body)
+    entry = {"dtype": "F32", "shape": [1 << 32], "data_offsets": [begin, begin + (1 << 34)]}
+    write(path, header | {last if own else "unheard of": entry}, body[:begin])
+    os.truncate(path, path.stat().st_size + (1 << 34))
+    refused(error, "wrong shape|holds unexpected|not a whole safetensors file", read)
+
+
+def test_a_model_larger_than_the_memory_is_named(folder, monkeypatch):
+    real = os.sysconf
+    monkeypatch.setattr("roberta.weights.os.sysconf", lambda name: 0 if name == "SC_PHYS_PAGES" else real(name))
+    refused(CheckpointError, "GiB of memory, and this machine has", lambda: load_checkpoint(folder / "base"))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "folder"])
+def test_files_that_are_none(weights, folder, kind):
+    path, read, error = weights
+    settings = path.with_name("config.json" if path.name == "model.safetensors" else "adapter_config.json")
+    for one in (path, settings):
+        kept = one.rename(folder / "kept")
+        if kind == "pipe":
+            os.mkfifo(one)
+        elif kind == "folder":
+            one.mkdir()
+        else:
+            one.symlink_to(kind)
+        refused(error, rf"{one.name}: .*not a regular file", read)
+        one.rmdir() if kind == "folder" else one.unlink()
+        one.symlink_to(kept)  # as the hub's library keeps its files
+        read()
+        one.unlink()
+        kept.rename(one)
+
+
+def test_settings_that_are_too_large_or_nested_too_deeply(folder):
+    base, adapter = folder / "base" / "config.json", folder / "adapter" / "adapter_config.json"
+    for path, read, error in (
+        (base, lambda: load_checkpoint(base.parent), CheckpointError),
+        (adapter, lambda: load_adapter(load_checkpoint(base.parent), adapter.parent), LoRAError),
+    ):
+        whole = path.read_text()
+        path.write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+        refused(error, f"{path.name}: not valid JSON", read)
+        path.write_text(whole)
+        os.truncate(path, 1 << 34)
+        refused(error, f"{path.name}: not valid JSON .*17,179,869,184 bytes", read)
+        path.write_text(whole)
+
+
+# --- adapters -----------------------------------------------------------------------------------------------------
+
+
+def edit(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": r"(.*)*(query|key|value)x"},
+        {"target_modules": r".*.*.*.*.*.*.*x"},
+        {"rank_pattern": {"(.*)*x": 2}},
+        {"alpha_pattern": {r"(\w|[a-z.])*x": 2}},
+    ],
+)
+def test_expressions_that_would_match_for_ever(folder, fields):
+    edit(folder / "adapter" / "adapter_config.json", **fields)
+    read = lambda: load_adapter(load_checkpoint(folder / "base"), folder / "adapter")  # noqa: E731
+    refused(LoRAError, "could take for ever to match; name the layers", read)
+
+
+@pytest.mark.parametrize(
+    ("expression", "hangs"),
+    [
+        ("query", False),
+        (r".*\.(query|value)$", False),
+        (r"^(?!.*visual).*(?:q_proj|k_proj|output\.dense).*$", False),
+        (r"^(?:(?!(?:.*_3|_21|_22|_23)).*)\.(?:(?:query|value))$", False),
+        (r".*layers?\.[0-9]+\.(?P<part>query|key)", False),
+        (r"[]*+]*x[^]]+y", False),
+        (r"\(a+\)+", False),
+        (r"a*|b*|c*|d*|e*", False),
+        ("(a+)+", True),
+        ("(a|a)*", True),
+        ("((a?){1,30})x", True),
+        ("(?:a{1,9}){1,9}x", True),
+        (".*a.*b.*c.*d", True),
+        ("(a*b*)(c*d*)", True),
+        ("(?:x(a+)y)*?z", True),
+    ],
+)
+def test_which_expressions_could_hang(expression, hangs):
+    re.compile(expression)
+    assert could_hang(expression) == hangs
+
+
+def test_lists_longer_than_any_model(folder):
+    path = folder / "adapter" / "adapter_config.json"
+    read = lambda: load_adapter(load_checkpoint(folder / "base"), folder / "adapter")  # noqa: E731
+    whole = path.read_text()
+    for fields in (
+        {"target_modules": [f"query{i}" for i in range(50_000)]},
+        {"modules_to_save": [f"part{i}" for i in range(50_000)]},
+        {"rank_pattern": {f"a{i}": 2 for i in range(50_000)}},
+        {"layers_to_transform": list(range(50_000))},
+    ):
+        path.write_text(whole)
+        edit(path, **fields)
+        refused(LoRAError, "has 50,000 entries", read)
+
+
+def test_an_update_that_is_no_number(folder):
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "adapter" / "adapter_model.safetensors"
+    weights = load_file(path)
+    save_file({name: torch.full_like(tensor, 1e20) for name, tensor in weights.items()}, path)
+    read = lambda: load_adapter(load_checkpoint(folder / "base"), folder / "adapter")  # noqa: E731
+    refused(LoRAError, "the update of .*query is not finite", read)
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc", "/etc", "a/../../b", "~root", "..", "x/..", "\x00", "a" * 9000, "\ud800/x", "/dev/zero"]
+)
+def test_a_base_model_whose_name_is_a_path_trick(folder, name, monkeypatch):
+    monkeypatch.setattr("data.assets.hub_is_reachable", lambda: False)
+    monkeypatch.chdir(folder)
+    edit(folder / "adapter" / "adapter_config.json", base_model_name_or_path=name)
+    refused((DataError, LoRAError, ConfigError), ".", lambda: evaluate(Arguments(folder / "adapter", text=("a",))))
+
+
+# --- tokenizers ---------------------------------------------------------------------------------------------------
+
+
+def template(*tokens):
+    special = {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}
+    pair = [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}] * len(tokens) + [{"Sequence": {"id": "A", "type_id": 0}}]
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"post_processor": {"type": "BertProcessing", "sep": ["</s>", 2], "cls": ["<s>", 5000]}}, "puts id 5000"),
+        ({"post_processor": None}, "puts no token before a text"),
+        ({"post_processor": template(*range(40))}, "puts 40 tokens around a text, and 16 is the longest"),
+        ({"model": "larger"}, "has ids up to 999, the model rows for 24"),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_that_does_not_fit_is_named_before_training(
+    tiny_config, tiny_checkpoint, tmp_path, capsys, change, says
+):
+    shutil.copytree(tiny_checkpoint, tmp_path / "base")
+    path = tmp_path / "base" / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    if change == {"model": "larger"}:
+        change = {"model": raw["model"] | {"vocab": raw["model"]["vocab"] | {"news": 999}}}
+    path.write_text(json.dumps(raw | change))
+    options = [str(tiny_config), "--model.checkpoint", str(tmp_path / "base")]
+    assert run_command(lambda: train(parse_command_line(options))) == EXIT_BAD_INPUT
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_whose_expression_never_ends(folder):
+    path = folder / "base" / "tokenizer.json"
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    edit(path, pre_tokenizer=split)
+    tokenizer = TextTokenizer.from_directory(folder / "base", 10)
+    refused(CheckpointError, "the tokenizer fails on a text", lambda: tokenizer.encode_batch(["a" * 40 + "b"]))
+
+
+def test_a_tokenizer_larger_than_any(folder, monkeypatch):
+    path = folder / "base" / "tokenizer.json"
+    os.truncate(path, 1 << 34)
+    refused(CheckpointError, "17,179,869,184 bytes", lambda: TextTokenizer.from_directory(folder / "base", 10))
+
+
+# --- text ---------------------------------------------------------------------------------------------------------
+
+
+def readers(path):
+    return lambda: load_source(DataConfig(source=str(path)), 0), lambda: read_unlabelled(path)
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+@pytest.mark.parametrize("start", ["whole", "after a row"])
+def test_a_line_of_a_gigabyte_is_refused_by_its_beginning(tmp_path, kind, start):
+    """The file has no room on the disk either: it is a hole, which reads as zeros."""
+    path = tmp_path / f"data.{kind}"
+    mark = {"csv": ",", "tsv": "\t"}.get(kind)
+    head = f"text{mark}label\na{mark}b\n" if mark else '{"text": "a", "label": "b"}\n'
+    path.write_text(head if start == "after a row" else "")
+    os.truncate(path, 1 << 30)
+    for read in readers(path):
+        refused(DataError, rf"data\.{kind}, row [123]: longer than 10,000,000 characters", read)
+
+
+def test_rows_within_quotes_do_not_escape_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_LONGEST_ROW", 1000)
+    path = tmp_path / "data.csv"
+    path.write_text('text,label\n"a",b\n"a,b\n' + "c,d\n" * 2000)  # a quote that is never closed
+    for read in readers(path):
+        refused(DataError, r"data\.csv, row 3: (longer than|field larger)", read)
+    long, high = "word " * 190, "x\n" * 400  # rows just below it, one after the other
+    path.write_text("text,label\n" + f'"{long}",b\n"{high}",c\n' * 50)
+    assert len(load_source(DataConfig(source=str(path)), 0).train.texts) == 81
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_data_file_that_is_none(tmp_path, kind):
+    (tmp_path / f"data.{kind}").symlink_to("/dev/zero")
+    for read in readers(tmp_path / f"data.{kind}"):
+        refused(DataError, "not a regular file", read)
+
+
+def test_bytes_that_are_not_utf8_are_found_in_any_block(tmp_path):
+    path = tmp_path / "data.csv"
+    line = "é news,b\n".encode()
+    for rows in (1, 6553, 20_000):  # the blocks of 65,536 bytes end within a character too
+        path.write_bytes(b"text,label\n" + line * rows + b"ab\xff,c\n" + line)
+        at = 11 + len(line) * rows + 2
+        refused(DataError, rf"row {rows + 2}: not UTF-8 \(byte {at}\)", readers(path)[0])
+
+
+@pytest.mark.parametrize(("rows", "length"), [(3_000_000, 10), (60_000, 100_000)], ids=["rows", "long texts"])
+def test_a_parquet_file_that_unpacks_to_gigabytes(tmp_path, rows, length):
+    """A text that is the same in every row is stored once."""
+    path = tmp_path / "bomb.parquet"
+    indices = pyarrow.array([i % 2 for i in range(rows)], pyarrow.int32())
+    texts = pyarrow.DictionaryArray.from_arrays(indices, ["a" * length, "b" * length])
+    labels = pyarrow.DictionaryArray.from_arrays(indices, ["x", "y"])
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts, "label": labels}), path, store_schema=False)
+    assert path.stat().st_size < 100_000
+    for read in readers(path):
+        with pytest.raises(DataError, match="bytes unpack to more than"), bounded(1000):
+            read()
+
+
+def test_json_lines_nested_deeply(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "a", "label": "b"}\n{"text": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    for read in readers(path):
+        refused(DataError, "row 2: not JSON", read)
+
+
+# --- checkpoints of a run -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state, tensors: state.pop("python"),
+        lambda state, tensors: state["position"].update(surprise=1),
+        lambda state, tensors: state.update(numpy=["MT19937", [1, 2], 0, 0, 0.0]),
+        lambda state, tensors: state.update(python=[3, [1], None]),
+        lambda state, tensors: tensors.update({"parameter/weight": torch.zeros(1)}),
+        lambda state, tensors: tensors.pop("parameter/bias"),
+        lambda state, tensors: tensors.update({"random/torch": torch.zeros(3)}),
+        lambda state, tensors: state.update(learning_rates=[]),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_one_line(tmp_path, change):
+    """Its hashes are right: it was made by someone else, not damaged."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _step: 1.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    checkpoint.save(tmp_path, checkpoint.Position(), model, optimizer, schedule, scaler, {}, keep=1)
+    state, tensors, _ = checkpoint.load(tmp_path)
+    checkpoint.restore(state, tensors, model, optimizer, schedule, scaler)
+    change(state, tensors)
+    with pytest.raises(ConfigError, match="does not belong to this run .*--overwrite") as error:
+        checkpoint.restore(state, tensors, model, optimizer, schedule, scaler)
+    assert "\n" not in str(error.value)
