@@ -172,9 +172,10 @@ def collate(
     are processes, takes the first row with the label NO_LABEL: the loss of it is 0, and so is every gradient.
     """
     texts, tokens = len(rows), int(split.lengths[rows].sum())
-    labels = split.labels[rows][share]
-    rows = rows[share]
-    if not len(labels):
+    if len(rows[share]):
+        rows = rows[share]
+        labels = split.labels[rows]
+    else:
         rows, labels = rows[:1], np.array([NO_LABEL])
     lengths = split.lengths[rows]
     width = split.max_length if padding == "max_length" else int(lengths.max())
