@@ -308,7 +308,7 @@ def test_a_process_that_hangs_is_given_up_but_a_slow_checkpoint_is_not(tiny_conf
             real_save(*rest)
 
         def hang(step):
-            if rank == 1 and step == 3:
+            if rank == 1 and step == 4:
                 while not (tmp_path / "seen" / "seen0").exists():  # until the other has given up
                     time.sleep(0.05)
 
