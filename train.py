@@ -36,6 +36,7 @@ from training.checkpoint import load as load_latest
 from training.checkpoint import save as save_checkpoint
 from training.command_line import run_command
 from training.config import RunConfig, parse_command_line
+from training.distributed import ALONE, World, join
 from training.errors import ConfigError
 from training.html_report import write_html_report
 from training.model_card import write_model_card
@@ -55,6 +56,7 @@ def train_step(
     scaler: torch.amp.GradScaler,
     compute: Compute,
     max_grad_norm: float,
+    world: World = ALONE,
 ) -> Tensor:
     """One optimizer step on `batches`, which count as one large batch (gradient accumulation).
 
@@ -62,8 +64,9 @@ def train_step(
 
     Returns that loss in nats, a scalar still on the device: reading it is the caller's decision, as it makes a GPU
     wait. With fp16 a step whose gradients overflow changes nothing but the loss scale (Micikevicius et al. 2018).
+    Of several processes each holds some of the n texts, and all make the same step.
     """
-    texts = sum(len(batch.labels) for batch in batches)
+    texts = sum(len(batch.labels) + batch.elsewhere for batch in batches)
     step_loss = torch.zeros((), device=compute.device)
     for batch in batches:
         input_ids = batch.input_ids.to(compute.device, non_blocking=True)
@@ -76,6 +79,7 @@ def train_step(
         scaler.scale(loss).backward()  # adds to .grad
         step_loss = step_loss + loss.detach()
 
+    step_loss = world.sum_gradients(model.parameters(), step_loss)  # once a step; infs of one process reach all
     scaler.unscale_(optimizer)  # before clipping: the norm is meant for the gradients themselves
     if max_grad_norm > 0:
         torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
@@ -147,15 +151,19 @@ def finish(folder: RunFolder) -> None:
         folder.remove_checkpoints()
 
 
-def train(config: RunConfig) -> int:
-    """Run `config` from data to report. Returns the exit code: 0, or 128 + the signal that stopped it."""
+def train(config: RunConfig, world: World = ALONE) -> int:
+    """Run `config` from data to report. Returns the exit code: 0, or 128 + the signal that stopped it.
+
+    Every process of `world` runs all of it, on its share of each batch; process 0 alone writes and prints.
+    """
     settings, started = config.train, time.perf_counter()
-    folder = RunFolder(config.output)
+    folder = RunFolder(config.output, writes=world.is_main)
     resuming = config.resume and folder.config.is_file()
     if resuming:
         folder.check_same_run(config)
         if folder.is_complete():
-            finish(folder)  # it may have been killed while it did this
+            if world.is_main:
+                finish(folder)  # it may have been killed while it did this
             say(f"{folder.path} is finished; there is nothing to resume")
             return 0
     else:
@@ -163,11 +171,13 @@ def train(config: RunConfig) -> int:
     if settings.tensorboard:
         check_board()
     use_determinism(settings.deterministic)
+    world.take_gpu(settings.device)
     compute = choose_compute(settings)
     seed_everything(settings.seed)
 
     # --- text ---------------------------------------------------------------------------------------------------
-    text = load_source(config.data, settings.seed).cleaned(config.data.cleaning)
+    with world.main_first():
+        text = load_source(config.data, settings.seed).cleaned(config.data.cleaning)
     augmentation = config.data.augmentation
     say(f"data        {text.origin}")
     say(
@@ -179,7 +189,8 @@ def train(config: RunConfig) -> int:
         say(f"            EDA: {augmentation.n_aug} new texts of each training text, alpha {augmentation.alpha:g}")
 
     # --- pretrained checkpoint, and the budget before anything large is read --------------------------------------
-    checkpoint = fetch_checkpoint(config.model.checkpoint)
+    with world.main_first():
+        checkpoint = fetch_checkpoint(config.model.checkpoint)
     say(f"checkpoint  {checkpoint.origin}")
     model_config = RobertaConfig.from_file(checkpoint.directory / "config.json")
     changes = {
@@ -202,10 +213,11 @@ def train(config: RunConfig) -> int:
     tokenizer.check_fits(model_config, checkpoint.directory)
 
     # --- text to ids ----------------------------------------------------------------------------------------------
-    splits = {
-        name: encode_split(getattr(text, name), tokenizer, description=f"tokenizing {name}")
-        for name in ("train", "validation", "test")
-    }
+    with world.main_first():
+        splits = {
+            name: encode_split(getattr(text, name), tokenizer, description=f"tokenizing {name}")
+            for name in ("train", "validation", "test")
+        }
     cut = sum(split.truncated for split in splits.values())
     say(f"            {cut:,} texts are longer than {config.data.max_length} tokens and are cut there")
 
@@ -227,6 +239,8 @@ def train(config: RunConfig) -> int:
     scaler = compute.grad_scaler()
 
     def save_best() -> None:
+        if not world.is_main:
+            return
         # A head drawn here is in no checkpoint: it is saved whole, also where only a part of it is trained.
         also = ("classifier",) if new_head else ()
         save_adapter(model, config.lora, folder.adapter, base_model=checkpoint.name, task_type="SEQ_CLS", also=also)
@@ -247,14 +261,21 @@ def train(config: RunConfig) -> int:
             config.data.padding,
             compute.device,
             skip,
+            world.share,
             WIDTH_WHEN_COMPILED if settings.compile != "off" else 1,
         )
 
     def logits_on(name: str) -> Tensor:
         batches = evaluation_batches(
-            splits[name], settings.eval_batch_size, tokenizer.pad_token_id, config.data.padding, compute.device
+            splits[name],
+            settings.eval_batch_size,
+            tokenizer.pad_token_id,
+            config.data.padding,
+            compute.device,
+            world.share,
         )
-        return predict(model, batches, len(splits[name].labels), compute)
+        # A row is 0 in all processes but one, so the sum is exact, and all of them see the same scores.
+        return world.sum(predict(model, batches, len(splits[name].labels), compute))
 
     texts_per_epoch = (1 + augmentation.n_aug) * len(splits["train"].labels)
     batches_per_epoch = -(-texts_per_epoch // settings.batch_size)
@@ -280,41 +301,45 @@ def train(config: RunConfig) -> int:
         position = restore(state, tensors, model, optimizer, schedule, scaler)
         folder.cut_metrics(position.metrics_bytes)
         say(f"resumed     epoch {position.epoch}, after step {position.step}")
-    say(f"compute     {compute.describe()}")
+    world.check_same_position(position.step)
+    say(f"compute     {compute.describe()}" + (f", in each of {world.size} processes" if world.size > 1 else ""))
     say(f"steps       {steps_per_epoch} an epoch, {total_steps} in {settings.epochs} epochs at most")
     say(f"run folder  {folder.path}")
     say(f"\n{count.table()}")
     say(f"trainable: {count.trainable:,} of {count.total:,} parameters ({count.percentage:.2f} %)\n")
 
     # --- the loop ---------------------------------------------------------------------------------------------------
-    stop_signal = 0
+    stop_signal = stopping = 0  # what this process was sent; what all processes have agreed on
 
     def on_signal(number: int, _frame: object) -> None:
         nonlocal stop_signal
         stop_signal = number
-        signal.signal(number, previous_handlers[number])  # a second one stops at once
-        say("stopping after this step, with a checkpoint; once more stops at once")
+        if world.size == 1:  # torchrun passes on a Ctrl-C that each process has got already
+            signal.signal(number, previous_handlers[number])  # a second one stops at once
+            say("stopping after this step, with a checkpoint; once more stops at once")
 
     def write_checkpoint() -> None:
         position.waiting = [(rate, float(loss)) for rate, loss in waiting]
         position.metrics_bytes = folder.metrics.stat().st_size if folder.metrics.is_file() else 0
         position.seconds = seconds_before + time.perf_counter() - started
         position.train_seconds = train_seconds_before + time.perf_counter() - train_started
-        save_checkpoint(
-            folder.checkpoints,
-            position,
-            model,
-            optimizer,
-            schedule,
-            scaler,
-            fingerprints,
-            settings.checkpoint_keep,
-        )
+        if world.is_main:
+            save_checkpoint(
+                folder.checkpoints,
+                position,
+                model,
+                optimizer,
+                schedule,
+                scaler,
+                fingerprints,
+                settings.checkpoint_keep,
+            )
+        world.wait()
 
     previous_handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in previous_handlers:
         signal.signal(number, on_signal)
-    progress = Progress(total_steps, position.step)
+    progress = Progress(total_steps, position.step, shown=world.is_main)
     seconds_before, train_seconds_before = position.seconds, position.train_seconds
     train_started = last_checkpoint = time.perf_counter()
     model.train()
@@ -327,9 +352,12 @@ def train(config: RunConfig) -> int:
             # Learning rates and losses since the last logged line; the losses not yet read from the device.
             waiting = [(rate, torch.tensor(loss, device=compute.device)) for rate, loss in position.waiting]
             skip = position.step_of_epoch * settings.accumulation_steps
-            for group in groups_of(batches_of_epoch(position.epoch, skip), settings.accumulation_steps):
+            batches = batches_of_epoch(position.epoch, skip)
+            world.wait()
+            for group in groups_of(batches, settings.accumulation_steps):
                 learning_rate = schedule.get_last_lr()[0]
-                loss = train_step(stepped, group, optimizer, schedule, scaler, compute, settings.max_grad_norm)
+                world.seed(settings.seed, position.step)
+                loss = train_step(stepped, group, optimizer, schedule, scaler, compute, settings.max_grad_norm, world)
                 waiting.append((learning_rate, loss))
                 position.tokens += sum(batch.tokens for batch in group)
                 position.step += 1
@@ -361,12 +389,13 @@ def train(config: RunConfig) -> int:
                     waiting, position.tokens = [], 0
                 by_steps = settings.checkpoint_steps and position.step % settings.checkpoint_steps == 0
                 by_time = time.perf_counter() - last_checkpoint >= 60 * settings.checkpoint_minutes
-                if by_steps or by_time or stop_signal:
+                stopping, due = world.agree(stop_signal, by_steps or by_time)
+                if due or stopping:
                     write_checkpoint()
                     last_checkpoint = time.perf_counter()
-                if stop_signal:
+                if stopping:
                     break
-            if stop_signal:
+            if stopping:
                 break
 
             validation = score(logits_on("validation"), splits["validation"].labels, text.label_names)
@@ -395,7 +424,8 @@ def train(config: RunConfig) -> int:
             position.epoch_loss, position.epoch_steps = 0.0, 0
             write_checkpoint()
             last_checkpoint = time.perf_counter()
-            if stop_signal:  # it came while the epoch was scored
+            (stopping,) = world.agree(stop_signal)
+            if stopping:  # it came while the epoch was scored
                 break
     finally:
         progress.close()
@@ -406,8 +436,10 @@ def train(config: RunConfig) -> int:
 
     # --- after: the best adapter, scored once on the test split ----------------------------------------------------
     test, mistakes, test_seconds = None, [], 0.0
-    if not stop_signal:
-        load_adapter(model, folder.adapter)
+    if not stopping:
+        if world.is_main:
+            load_adapter(model, folder.adapter)
+        world.copy_from_main(model)
         test_started = time.perf_counter()
         logits = logits_on("test")
         test_seconds = time.perf_counter() - test_started
@@ -436,7 +468,8 @@ def train(config: RunConfig) -> int:
         mistakes=mistakes,
     )
     folder.write_report(report)
-    finish(folder)
+    if world.is_main:
+        finish(folder)
     if test is None:
         say(f"\ninterrupted in epoch {position.epoch} after step {position.step}; the adapter is in {folder.adapter}")
         say(f"go on:   the same command with --resume, or python train.py {folder.config} --resume")
@@ -453,8 +486,11 @@ def train(config: RunConfig) -> int:
     )
     say(f"report:  {folder.html}")
     say(f'try it:  python evaluate.py {folder.path} --text "Oil prices rise as OPEC cuts output"')
-    return 128 + stop_signal if stop_signal else 0  # as shells count
+    world.wait()  # torchrun ends all processes when the first ends with a code that is not 0
+    return 128 + stopping if stopping else 0  # as shells count
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: train(parse_command_line(sys.argv[1:]))))
+    with join() as world:  # alone, unless torchrun started it
+        code = run_command(lambda: train(parse_command_line(sys.argv[1:]), world), world)
+    sys.exit(code)

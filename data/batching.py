@@ -27,6 +27,9 @@ from data.sources import Split
 _BATCHES_PER_BUCKET = 50
 _WORKERS_ON_GPU = 2
 
+NO_LABEL = -100
+"""A text with this label does not count: `cross_entropy` leaves it out."""
+
 Padding = Literal["longest", "max_length"]
 
 
@@ -78,12 +81,14 @@ class Batch:
     indices: Tensor
     """(batch,) int64: which rows of the split these are."""
     tokens: int
-    """Number of real tokens, known without asking the device."""
+    """Number of real tokens of the whole batch, known without asking the device."""
+    elsewhere: int = 0
+    """Texts of the batch that are not here: other processes hold them."""
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from which a GPU copies without waiting."""
         tensors = (self.input_ids, self.attention_mask, self.labels, self.indices)
-        return Batch(*(tensor.pin_memory() for tensor in tensors), self.tokens)
+        return Batch(*(tensor.pin_memory() for tensor in tensors), self.tokens, self.elsewhere)
 
 
 def encode_split(
@@ -170,11 +175,26 @@ def bucketed_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int
     return [batches[i] for i in random.permutation(len(batches))]
 
 
-def collate(split: EncodedSplit, rows: np.ndarray, pad_token_id: int, padding: Padding, multiple_of: int = 1) -> Batch:
+def collate(
+    split: EncodedSplit,
+    rows: np.ndarray,
+    pad_token_id: int,
+    padding: Padding,
+    share: slice = slice(None),
+    multiple_of: int = 1,
+) -> Batch:
     """Pad the given rows on the right: to the longest of them, or to the split's `max_length`.
 
     The longest is rounded up to a `multiple_of` tokens, but not beyond `max_length`: a compiled model sees few widths.
+    Of several processes each takes its `share` of the rows. One that gets none, as the batch has fewer rows than there
+    are processes, takes the first row with the label NO_LABEL: the loss of it is 0, and so is every gradient.
     """
+    texts, tokens = len(rows), int(split.lengths[rows].sum())
+    if len(rows[share]):
+        rows = rows[share]
+        labels = split.labels[rows]
+    else:
+        rows, labels = rows[:1], np.array([NO_LABEL])
     lengths = split.lengths[rows]
     longest = -(-int(lengths.max()) // multiple_of) * multiple_of
     width = split.max_length if padding == "max_length" else min(longest, split.max_length)
@@ -184,9 +204,10 @@ def collate(split: EncodedSplit, rows: np.ndarray, pad_token_id: int, padding: P
     return Batch(
         input_ids=torch.from_numpy(ids),
         attention_mask=torch.from_numpy(mask),
-        labels=torch.from_numpy(split.labels[rows]),
+        labels=torch.from_numpy(labels),
         indices=torch.from_numpy(rows.astype(np.int64)),
-        tokens=int(lengths.sum()),
+        tokens=tokens,
+        elsewhere=texts - len(rows),
     )
 
 
@@ -226,15 +247,17 @@ def training_batches(
     padding: Padding = "longest",
     device: torch.device = torch.device("cpu"),  # noqa: B008  a device is immutable
     skip: int = 0,
+    share: slice = slice(None),
     multiple_of: int = 1,
 ) -> Iterable[Batch]:
     """The batches of one epoch: length buckets in shuffled order, the same for the same seed and epoch.
 
-    The first `skip` of them are left out: where a run goes on, they were trained on before it was cut off. Padding is
-    that of `collate`.
+    The first `skip` of them are left out: where a run goes on, they were trained on before it was cut off. Of each
+    batch only the rows of `share` are made, rows 1, 4, 7, ... for `slice(1, None, 3)`: other processes take the others.
+    Padding is that of `collate`.
     """
     rows = bucketed_batches(split.lengths, batch_size, seed, epoch)[skip:]
-    return _loader(_Batches(split, rows, pad_token_id, padding, multiple_of), device)
+    return _loader(_Batches(split, rows, pad_token_id, padding, share, multiple_of), device)
 
 
 def evaluation_batches(
@@ -243,8 +266,12 @@ def evaluation_batches(
     pad_token_id: int,
     padding: Padding = "longest",
     device: torch.device = torch.device("cpu"),  # noqa: B008
+    share: slice = slice(None),
 ) -> Iterable[Batch]:
-    """Every row once, sorted by length so that hardly anything is padding; `Batch.indices` tells which row is where."""
+    """Every row once, sorted by length so that hardly anything is padding; `Batch.indices` tells which row is where.
+
+    `share` takes some of the batches, each whole: its logits are then the same bits whichever process computes them.
+    """
     order = np.argsort(split.lengths, kind="stable")
-    rows = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    rows = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][share]
     return _loader(_Batches(split, rows, pad_token_id, padding), device)

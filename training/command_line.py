@@ -1,6 +1,7 @@
 """What `train.py` and `evaluate.py` share at their outermost line: which errors are the user's, and exit codes.
 
-0 all went well, 2 an input can't be used (one line says which and how to mend it), 130 interrupted by Ctrl-C.
+0 all went well, 2 an input can't be used (one line says which and how to mend it), 3 another process of the same run
+died, 130 interrupted by Ctrl-C.
 Anything else is a bug and keeps its traceback.
 """
 
@@ -10,7 +11,6 @@ import contextlib
 import errno
 import io
 import itertools
-import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -19,16 +19,22 @@ import tyro
 from data.errors import DataError
 from lora.config import LoRAError
 from roberta.config import CheckpointError
-from training.errors import ConfigError
+from training.distributed import ALONE, World
+from training.errors import ConfigError, LostProcessError
 
 Options = TypeVar("Options")
 
 EXIT_BAD_INPUT = 2
+EXIT_LOST = 3
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
-def run_command(command: Callable[[], int]) -> int:
-    """Run `command`; turn the user's errors into one line on stderr and exit code 2."""
+def run_command(command: Callable[[], int], world: World = ALONE) -> int:
+    """Run `command`; turn the user's errors into one line on stderr and exit code 2.
+
+    Of several processes only the first that fails prints its line: the others fail for the same reason, or of it.
+    """
+    code = EXIT_BAD_INPUT
     try:
         return command()
     except (ConfigError, DataError, LoRAError, CheckpointError) as error:
@@ -38,11 +44,13 @@ def run_command(command: Callable[[], int]) -> int:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         reason = "the disk is full; free space" if full else f"{error.strerror or error}; mend that"
         message = f"{error.filename or 'a file of the run'}: can't be written, {reason} or choose another folder"
+    except LostProcessError as error:
+        message, code = str(error), EXIT_LOST
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        world.report_error("interrupted")
         return EXIT_INTERRUPTED
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return EXIT_BAD_INPUT
+    world.report_error(f"error: {' '.join(message.split())}")
+    return code
 
 
 def parse_options(kind: type[Options], arguments: list[str], *, prog: str, default: Options | None = None) -> Options:

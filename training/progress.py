@@ -17,11 +17,11 @@ def say(line: str = "") -> None:
 class Progress:
     """Progress over all optimizer steps of a run: loss, learning rate, tokens a second, time left."""
 
-    def __init__(self, total_steps: int, done: int = 0) -> None:
+    def __init__(self, total_steps: int, done: int = 0, shown: bool = True) -> None:
         self.total_steps = total_steps
         self.done = done
         self._done_before = done
-        self._terminal = sys.stderr.isatty()
+        self._terminal = shown and sys.stderr.isatty()
         self._bar = tqdm(total=total_steps, initial=done, unit="step", disable=not self._terminal, dynamic_ncols=True)
         self._training_seconds = 0.0
         self._tokens = 0

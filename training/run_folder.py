@@ -33,9 +33,12 @@ _HARMLESS = frozenset(
 
 
 class RunFolder:
-    """A run's files by name."""
+    """A run's files by name.
 
-    def __init__(self, path: str | Path) -> None:
+    Of several processes one writes; for the others (`writes=False`) every method that would write does nothing.
+    """
+
+    def __init__(self, path: str | Path, writes: bool = True) -> None:
         self.path = Path(path)
         self.config = self.path / "config.toml"
         self.labels = self.path / "labels.json"
@@ -46,6 +49,7 @@ class RunFolder:
         self.html = self.path / "report.html"
         self.card = self.path / "README.md"
         self.plots = self.path / "plots"
+        self.writes = writes
         self._board: Any = None
 
     def check_free(self, overwrite: bool) -> None:
@@ -80,6 +84,8 @@ class RunFolder:
 
     def create(self, config: RunConfig, label_names: tuple[str, ...], replace: bool) -> None:
         """Make the folder anew, with the settings and labels of this run."""
+        if not self.writes:
+            return
         self.check_free(replace)
         if self.path.exists():
             shutil.rmtree(self.path)
@@ -91,6 +97,8 @@ class RunFolder:
 
     def log(self, **values: Any) -> None:
         """Append a line to metrics.jsonl."""
+        if not self.writes:
+            return
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
         if self._board is not None:
@@ -101,7 +109,7 @@ class RunFolder:
 
     def cut_metrics(self, size: int) -> None:
         """Forget what was logged after a checkpoint: it will be logged again."""
-        if self.metrics.is_file():
+        if self.writes and self.metrics.is_file():
             os.truncate(self.metrics, size)
 
     def remove_checkpoints(self) -> None:
@@ -110,6 +118,8 @@ class RunFolder:
 
     def write_report(self, report: dict[str, Any]) -> None:
         """Write report.json, whole or not at all."""
+        if not self.writes:
+            return
         part = self.report.with_name("report.json.part")
         try:
             part.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

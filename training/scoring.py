@@ -20,23 +20,20 @@ from training.precision import Compute
 def predict(model: nn.Module, batches: Iterable[Batch], rows: int, compute: Compute) -> torch.Tensor:
     """Logits of every text, (rows, labels), float32 on the CPU, in the order of the split.
 
-    Batches come sorted by length, so each row is put back where it belongs. Dropout is off; the model's mode is
-    restored.
+    Batches come sorted by length, so each row is put back where it belongs; a row that is in none of them stays 0, so
+    that the parts which several processes computed can be summed. Dropout is off; the model's mode is restored.
     """
     was_training = model.training
     model.eval()
-    logits = None
+    logits = torch.zeros(rows, model.config.num_labels)
     for batch in batches:
         with compute.autocast():
             some = model(
                 batch.input_ids.to(compute.device, non_blocking=True),
                 batch.attention_mask.to(compute.device, non_blocking=True),
             )
-        if logits is None:
-            logits = torch.empty(rows, some.shape[1])
         logits[batch.indices] = some.float().cpu()
     model.train(was_training)
-    assert logits is not None, "an empty split is refused when it is read"
     if not logits.isfinite().all():
         raise ConfigError(
             "the logits are not finite: training went astray, or the weights are too large for this number format; "

@@ -1,5 +1,7 @@
 """Scores against numbers worked out by hand, and logits put back into the order of the split."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -38,7 +40,7 @@ def test_table_has_a_line_a_class():
 class _FirstTokenModel(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.modes = []
+        self.modes, self.config = [], SimpleNamespace(num_labels=2)
 
     def forward(self, input_ids, attention_mask):
         self.modes.append(self.training)
