@@ -161,5 +161,5 @@ class RobertaConfig:
 
 
 def model_type(path: str | Path) -> str:
-    """ "roberta" or "bert": what a `config.json` that `RobertaConfig.from_file` has read calls its checkpoint."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))["model_type"]
+    """What a `config.json` that `RobertaConfig.from_file` has read calls its checkpoint: roberta or bert."""
+    return read_settings(Path(path))["model_type"]
