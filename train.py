@@ -339,7 +339,7 @@ def train(config: RunConfig, world: World = ALONE) -> int:
     previous_handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in previous_handlers:
         signal.signal(number, on_signal)
-    progress = Progress(total_steps, position.step, shown=world.is_main)
+    progress = Progress(total_steps, position.step - len(position.waiting), shown=world.is_main)
     seconds_before, train_seconds_before = position.seconds, position.train_seconds
     train_started = last_checkpoint = time.perf_counter()
     model.train()

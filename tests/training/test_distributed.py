@@ -275,7 +275,7 @@ def test_a_process_that_dies_ends_the_run_which_goes_on_in_another_number_of_the
 
 
 def test_dropout_differs_and_a_stopped_run_goes_on_with_the_same_bits(tiny_config, tmp_path):
-    arguments = [tiny_config, *OPTIONS, "--lora.dropout", 0.2, "--output"]
+    arguments = [tiny_config, *OPTIONS, "--lora.dropout", 0.2, "--train.log-every", 4, "--output"]
     codes, whole = forks(2, lambda rank: run_train([*arguments, tmp_path / "whole"], double=False), tmp_path / "seen")
     assert codes == [0, 0], whole
     seeds = joined(seen["seeds"] for seen, _, _ in whole)
@@ -291,6 +291,7 @@ def test_dropout_differs_and_a_stopped_run_goes_on_with_the_same_bits(tiny_confi
     assert "interrupted in epoch 1 after step 5" in results[0][1] and "--resume" in results[0][1]
     codes, results = forks(2, lambda rank: run_train([*cut, "--resume"], double=False), tmp_path / "seen")
     assert codes == [0, 0], results
+    assert "step    20/21" in results[0][1]  # steps made before the stop and not logged then count once
     (report, lines, weights), (expected_report, expected_lines, expected) = map(outcome, (cut[-1], tmp_path / "whole"))
     assert (report, lines) == (expected_report, expected_lines)
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
