@@ -43,9 +43,10 @@ def table(reports: Iterable[pytest.TestReport]) -> tuple[list[str], bool]:
         elif report.skipped:
             skipped[test] = report.longrepr[2].removeprefix("Skipped: ")
         if report.when == "teardown":
-            for name, (unit, tolerance, count, found) in report.user_properties:
-                if name == "compared":
-                    rows.setdefault((test, unit, tolerance), []).append((count, found))
+            for unit, tolerance, count, found in (
+                value for name, value in report.user_properties if name == "compared"
+            ):
+                rows.setdefault((test, unit, tolerance), []).append((count, found))
     lines = [f"{'largest':>9}  {'allowed':>9}  {'cases':>6}  {'compared':>8}  verdict  proof"]
     well, over = not failed, set()
     for (test, unit, tolerance), cases in sorted(rows.items()):
