@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train table test fuzz bench bench-scaling lint clean
+.PHONY: help setup train table test proofs fuzz bench bench-scaling lint clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -32,6 +32,9 @@ table: $(VENV)/.installed ## run a set of configurations into one table: CONFIG=
 # One thread a worker: two workers that both use two threads get in each other's way.
 test: $(VENV)/.installed-dev ## run all proofs and tests
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n 2 $(ARGS)
+
+proofs: $(VENV)/.installed-dev ## print one table: how far from peft and transformers each result is
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m tests.parity.proofs -n 2 $(ARGS)
 
 fuzz: $(VENV)/.installed-dev ## give every reader 100,000 broken files (FILES=...)
 	LORABERTA_FUZZ=$(FILES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -n 2 tests/fuzz $(ARGS)

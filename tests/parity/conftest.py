@@ -3,27 +3,24 @@
 import pytest
 
 from tests.parity.oracle import measured
+from tests.parity.proofs import TITLE, table, worst_of
 
 
 @pytest.fixture(autouse=True)
 def _record_deviations(record_property):
     measured.clear()
     yield
-    if measured:
-        found, tolerance = max(measured, key=lambda pair: pair[0] / pair[1])
-        record_property("deviation", (len(measured), found, tolerance))  # travels with the report from a worker
+    grouped: dict[tuple[str, float], list[float]] = {}
+    for unit, found, tolerance in measured:
+        grouped.setdefault((unit, tolerance), []).append(found)
+    for (unit, tolerance), found in grouped.items():  # travels with the report from a worker
+        record_property("compared", (unit, tolerance, len(found), worst_of(found)))
 
 
 def pytest_terminal_summary(terminalreporter):
-    table: dict[str, list] = {}
-    for report in (report for reports in terminalreporter.stats.values() for report in reports):
-        if getattr(report, "when", None) == "teardown":
-            test = report.nodeid.removeprefix("tests/parity/").partition("[")[0]
-            table.setdefault(test, []).extend(value for name, value in report.user_properties if name == "deviation")
-    rows = {test: values for test, values in table.items() if values}
-    if rows:
-        terminalreporter.section("relative deviation from transformers and peft: max |ours - theirs| / max |theirs|")
-        terminalreporter.write_line(f"{'largest':>8}  {'allowed':>8}  {'tensors':>8}  proof")
-    for test, values in sorted(rows.items()):
-        _, found, tolerance = max(values, key=lambda value: value[1] / value[2])  # the one nearest to its limit
-        terminalreporter.write_line(f"{found:>8.0e}  {tolerance:>8.0e}  {sum(v[0] for v in values):>8}  {test}")
+    reports = [report for group in terminalreporter.stats.values() for report in group if hasattr(report, "when")]
+    parity = [report for report in reports if report.nodeid.startswith("tests/parity/")]
+    if any(name == "compared" for report in parity for name, _ in report.user_properties):
+        terminalreporter.section("proofs")
+        for line in (TITLE, *table(parity)[0]):
+            terminalreporter.write_line(line)

@@ -38,8 +38,11 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 BASE_WIDTH = SMALL | {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
 
 
-measured: list[tuple[float, float]] = []
-"""(deviation, tolerance) of every comparison in the running test; conftest.py collects them for its table."""
+measured: list[tuple[str, float, float]] = []
+"""(unit, found, allowed) of every comparison in the running test; conftest.py collects them for the table of proofs.
+
+Units: "deviation" (relative), "exact" (0 if equal, else 1, allowed 0), "of theirs" (our error over theirs).
+"""
 
 
 def deviation(ours: Tensor, theirs: Tensor) -> float:
@@ -52,8 +55,21 @@ def deviation(ours: Tensor, theirs: Tensor) -> float:
 def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-10, what: str = "") -> None:
     """Fail if the relative deviation exceeds `tolerance`, and say by how much."""
     found = deviation(ours.detach(), theirs.detach())
-    measured.append((found, tolerance))
+    measured.append(("deviation", found, tolerance))
     assert found <= tolerance, f"{what}: relative deviation {found:.2e}, allowed {tolerance:.0e}"
+
+
+def assert_same(ours: Any, theirs: Any, what: str = "") -> None:
+    """Fail unless the two are equal: tensors bit for bit, anything else by ==."""
+    same = torch.equal(ours, theirs) if isinstance(theirs, Tensor) else bool(ours == theirs)
+    measured.append(("exact", 0.0 if same else 1.0, 0.0))
+    assert same, f"{what}: {str(ours)[:300]} against {str(theirs)[:300]}"
+
+
+def assert_no_worse(ours: float, theirs: float, factor: float, what: str = "") -> None:
+    """Fail if our error exceeds `factor` times theirs."""
+    measured.append(("of theirs", ours / theirs, factor))
+    assert ours <= factor * theirs, f"{what}: {ours:.2e}, theirs {theirs:.2e}"
 
 
 def reference_model(seed: int = 0, attention: str = "sdpa", **sizes: Any) -> nn.Module:

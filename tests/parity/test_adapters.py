@@ -11,7 +11,15 @@ from safetensors.torch import load_file, save_file
 from lora.adapter import load_adapter, read_adapter_config, save_adapter
 from lora.config import LoRAConfig, LoRAError
 from lora.inject import inject_lora
-from tests.parity.oracle import adapted_pair, assert_close, our_copy, our_name, ragged_batch, reference_model
+from tests.parity.oracle import (
+    adapted_pair,
+    assert_close,
+    assert_same,
+    our_copy,
+    our_name,
+    ragged_batch,
+    reference_model,
+)
 
 CONFIGS = {
     "final model": LoRAConfig(rank=6, alpha=14, dropout=0.1),
@@ -79,9 +87,10 @@ def test_files_hold_the_same_keys_and_settings_as_pefts(tmp_path, config):
     theirs.save_pretrained(tmp_path / "theirs")
     mine = load_file(tmp_path / "ours" / "adapter_model.safetensors")
     others = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
-    assert set(mine) == {key for key in others if ".original_module." not in key and ".modules_to_save." not in key}
+    kept = {key for key in others if ".original_module." not in key and ".modules_to_save." not in key}
+    assert_same(set(mine), kept, "keys")
     for key, tensor in mine.items():
-        assert torch.equal(tensor, others[key]), key
+        assert_same(tensor, others[key], key)
     settings, reference = (
         json.loads((tmp_path / side / "adapter_config.json").read_text()) for side in ("ours", "theirs")
     )
@@ -89,8 +98,8 @@ def test_files_hold_the_same_keys_and_settings_as_pefts(tmp_path, config):
     for field, value in settings.items():
         if field == "base_model_name_or_path":
             continue
-        same = sorted(value) == sorted(reference[field]) if isinstance(value, list) else value == reference[field]
-        assert same, f"{field}: {value} against {reference[field]}"
+        ordered = sorted if isinstance(value, list) else lambda same: same  # peft keeps sets
+        assert_same(ordered(value), ordered(reference[field]), field)
 
 
 def test_the_order_of_overlapping_patterns_survives(tmp_path):

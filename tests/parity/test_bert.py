@@ -11,7 +11,7 @@ from data.assets import fetch_checkpoint
 from data.errors import DataError
 from roberta.config import RobertaConfig
 from roberta.weights import load_checkpoint
-from tests.parity.oracle import assert_close, ragged_batch
+from tests.parity.oracle import assert_close, assert_same, ragged_batch
 
 
 def compare(folder, dtype, tolerance, vocab):
@@ -50,7 +50,7 @@ def test_fields_that_a_file_leaves_out_have_the_values_of_transformers(kind):
     for field in dataclasses.fields(ours):
         if field.name != "label_names":
             expected = translated.get(field.name, getattr(theirs, field.name))
-            assert getattr(ours, field.name) == expected, field.name
+            assert_same(getattr(ours, field.name), expected, field.name)
 
 
 def test_a_small_bert_in_float64(small_bert):

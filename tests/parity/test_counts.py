@@ -12,7 +12,7 @@ from lora.config import LoRAConfig
 from lora.inject import count_parameters, inject_lora, lora_layers
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
-from tests.parity.oracle import our_name, peft_config
+from tests.parity.oracle import assert_same, our_name, peft_config
 
 SIZES = {
     "base": {},
@@ -75,12 +75,13 @@ def test_counts_and_names_equal_peft(size, targets, rank, rest):
     trainable, total = theirs.get_nb_trainable_parameters()
 
     expected = {our_name(name) for name, p in theirs.named_parameters() if p.requires_grad and our_name(name)}
-    assert {name for name, p in ours.named_parameters() if p.requires_grad} == expected
+    assert_same({name for name, p in ours.named_parameters() if p.requires_grad}, expected, "names")
     # peft keeps a frozen original beside each module trained in full. With bias="all" it trains that one's biases too,
     # which nothing reads: they are counted there and not here.
     originals = [(name, p) for name, p in theirs.named_parameters() if ".original_module." in name]
-    assert count.trainable == trainable - sum(p.numel() for _, p in originals if p.requires_grad)
-    assert count.total == total - sum(p.numel() for _, p in originals)
+    trained_twice = sum(p.numel() for _, p in originals if p.requires_grad)
+    assert_same(count.trainable, trainable - trained_twice, "trainable parameters")
+    assert_same(count.total, total - sum(p.numel() for _, p in originals), "all parameters")
 
 
 @pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
@@ -91,7 +92,7 @@ def test_targets_mean_the_modules_that_they_mean_in_peft(targets):
         inject_lora(ours, config)
         theirs = peft.get_peft_model(theirs, peft_config(config))
     matched = set(theirs.base_model.targeted_module_names)
-    assert set(lora_layers(ours)) == matched
+    assert_same(set(lora_layers(ours)), matched, "adapted modules")
 
 
 def test_output_dense_means_both_matrices_of_a_layer():

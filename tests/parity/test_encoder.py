@@ -14,6 +14,8 @@ from tests.parity.oracle import (
     BASE_WIDTH,
     adapted_pair,
     assert_close,
+    assert_no_worse,
+    assert_same,
     deviation,
     our_copy,
     our_name,
@@ -168,7 +170,7 @@ def test_logits_loss_and_gradients_of_adapters(tmp_path, config):
     loss.backward(), expected.loss.backward()
     gradients = {our_name(name): p.grad for name, p in theirs.named_parameters() if p.requires_grad and our_name(name)}
     mine = {name: p for name, p in ours.named_parameters() if p.requires_grad}
-    assert set(mine) == set(gradients)
+    assert_same(set(mine), set(gradients), "names of the trained tensors")
     for name, parameter in mine.items():
         assert parameter.grad.abs().max() > 0 or gradients[name].abs().max() == 0, name
         # The bias of key cancels in the softmax: its gradient is rounding alone, on both sides.
@@ -213,7 +215,7 @@ def test_half_precision_is_as_near_to_the_truth_as_theirs(tmp_path, dtype):
                 pair = ours(**inputs), theirs(**inputs).logits
         errors.append([(logits.double() - truth).square().mean().sqrt() for logits in pair])
     mine, others = torch.tensor(errors).square().mean(dim=0).sqrt()
-    assert mine <= 1.25 * others, f"root mean square error {mine:.2e}, theirs {others:.2e}"
+    assert_no_worse(mine.item(), others.item(), 1.25, "root mean square error")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

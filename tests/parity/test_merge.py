@@ -10,7 +10,7 @@ import transformers
 from lora.config import LoRAConfig
 from lora.inject import merge_lora, unload_lora, unmerge_lora
 from roberta.weights import save_checkpoint
-from tests.parity.oracle import adapted_pair, assert_close, our_name, ragged_batch
+from tests.parity.oracle import adapted_pair, assert_close, assert_same, our_name, ragged_batch
 
 CONFIG = LoRAConfig(
     rank=3, alpha=8, target_modules=("query", "value", "attention.output.dense", "output.dense"), bias="lora_only"
@@ -47,7 +47,7 @@ def test_unmerge_restores_the_original_bits(tmp_path, dtype):
     assert any(not torch.equal(p, before[name]) for name, p in ours.named_parameters())
     unmerge_lora(ours)
     for name, parameter in ours.named_parameters():
-        assert torch.equal(parameter, before[name]), name
+        assert_same(parameter, before[name], name)
 
 
 def test_merging_twice_and_unmerging_twice_are_errors(tmp_path):

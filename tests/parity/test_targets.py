@@ -8,6 +8,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from lora.targets import matches, pattern_value
+from tests.parity.oracle import assert_same
 
 WORDS = st.sampled_from(["query", "key", "output", "dense", "attention", "layer", "roberta", "xdense", "0", "1", "11"])
 NAMES = st.lists(WORDS, min_size=1, max_size=7).map(".".join)
@@ -22,18 +23,18 @@ LAYERS = st.none() | st.lists(st.sampled_from([0, 1, 11]), min_size=1, max_size=
 @given(name=NAMES, targets=st.lists(ENDS, min_size=1, max_size=3), layers=LAYERS)
 def test_ends_of_names_and_layer_numbers(name, targets, layers):
     theirs = SimpleNamespace(target_modules=targets, layers_to_transform=layers, layers_pattern=None)
-    assert matches(targets, name, layers) == bool(check_target_module_exists(theirs, name))
+    assert_same(matches(targets, name, layers), bool(check_target_module_exists(theirs, name)), name)
 
 
 @settings(max_examples=300, deadline=None)
 @given(name=NAMES, expression=EXPRESSIONS)
 def test_regular_expressions(name, expression):
     theirs = SimpleNamespace(target_modules=expression, layers_to_transform=None, layers_pattern=None)
-    assert matches(expression, name) == bool(check_target_module_exists(theirs, name))
+    assert_same(matches(expression, name), bool(check_target_module_exists(theirs, name)), name)
 
 
 @settings(max_examples=300, deadline=None)
 @given(name=NAMES, patterns=st.lists(ENDS | EXPRESSIONS, max_size=4, unique=True))
 def test_rank_and_alpha_patterns(name, patterns):
     values = {pattern: number for number, pattern in enumerate(patterns)}
-    assert pattern_value(values, name, None) == values.get(get_pattern_key(patterns, name))
+    assert_same(pattern_value(values, name, None), values.get(get_pattern_key(patterns, name)), name)

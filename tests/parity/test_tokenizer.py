@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from roberta.tokenizer import TextTokenizer
+from tests.parity.oracle import assert_same
 
 HOSTILE = [
     "",
@@ -52,7 +53,7 @@ def test_hostile_strings(real_vocabulary, max_length):
     for text, ids, expected in zip(
         HOSTILE, ours.encode_batch(HOSTILE), their_ids(theirs, HOSTILE, max_length), strict=True
     ):
-        assert ids == expected, repr(text)
+        assert_same(ids, expected, repr(text))
 
 
 def test_real_news(real_vocabulary, shared):
@@ -61,14 +62,15 @@ def test_real_news(real_vocabulary, shared):
         texts = [f"{title} {description}" for _, title, description in csv.reader(file)]
     assert len(texts) == 1000
     ours = TextTokenizer.from_directory(folder, 128)
-    assert ours.encode_batch(texts) == their_ids(theirs, texts, 128)
+    for text, ids, expected in zip(texts, ours.encode_batch(texts), their_ids(theirs, texts, 128), strict=True):
+        assert_same(ids, expected, repr(text))
 
 
 @settings(max_examples=300, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
 def test_any_string(real_vocabulary, text):
     folder, theirs = real_vocabulary
-    assert _tokenizer_once(folder).encode_batch([text]) == their_ids(theirs, [text], 64)
+    assert_same(_tokenizer_once(folder).encode_batch([text]), their_ids(theirs, [text], 64), repr(text))
 
 
 def _tokenizer_once(folder, kept={}):  # noqa: B006  reading the vocabulary for each example would take minutes
@@ -88,10 +90,10 @@ def test_saved_tokenizer_opens_in_transformers(real_vocabulary, tmp_path):
     folder, theirs = real_vocabulary
     TextTokenizer.from_directory(folder, 128).save(tmp_path)
     opened = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert their_ids(opened, HOSTILE, 128) == their_ids(theirs, HOSTILE, 128)
+    assert_same(their_ids(opened, HOSTILE, 128), their_ids(theirs, HOSTILE, 128), "ids")
     assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).truncation is None  # whoever reads it chooses a length
     again = TextTokenizer.from_directory(tmp_path, 128)
-    assert again.encode_batch(HOSTILE) == their_ids(theirs, HOSTILE, 128)
+    assert_same(again.encode_batch(HOSTILE), their_ids(theirs, HOSTILE, 128), "ids")
 
 
 @pytest.fixture
@@ -119,9 +121,8 @@ def test_word_pieces(word_pieces, tmp_path):
     assert ours.encode_batch_with_cuts(["oil", "oil oil oil oil oil"])[1] == [False, True]
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(word_pieces / "tokenizer.json"))
     texts = ["Oil prices rise", "[SEP] a [MASK]", "", "zebra, unrise"]
-    assert ours.encode_batch(texts) == [
-        theirs(t, truncation=True, max_length=6, padding=False)["input_ids"] for t in texts
-    ]
+    for text, ids in zip(texts, ours.encode_batch(texts), strict=True):
+        assert_same(ids, theirs(text, truncation=True, max_length=6, padding=False)["input_ids"], text)
 
 
 def test_saved_word_pieces_beside_a_roberta_model_open_in_transformers(word_pieces, tmp_path):
@@ -133,5 +134,5 @@ def test_saved_word_pieces_beside_a_roberta_model_open_in_transformers(word_piec
     ours.save(folder)
     opened = transformers.AutoTokenizer.from_pretrained(folder)
     texts = ["Oil prices rise", "[SEP] a [MASK]", "", "zebra, unrise oil oil oil"]
-    assert their_ids(opened, texts, None) == ours.encode_batch(texts)  # None: the length that the folder names
+    assert_same(ours.encode_batch(texts), their_ids(opened, texts, None), "ids")  # None: the length the folder names
     assert (opened.pad_token, opened.cls_token, opened.sep_token) == ("[PAD]", "[CLS]", "[SEP]")

@@ -1,0 +1,1 @@
+"""Small experiments that each show one thing, in at most two minutes on two cores: see docs/lessons.md."""

@@ -1,0 +1,68 @@
+"""Which layers does training change most, when every matrix of the encoder may change?
+
+python -m experiments.lessons.layer_updates
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from experiments.lessons.common import Lesson, Task, fit, run_lesson
+from lora.config import LoRAConfig
+from lora.inject import lora_layers
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MATRICES = (
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+    "intermediate.dense",
+    "output.dense",
+)
+
+
+@torch.no_grad()
+def lesson(task: Task, steps: int = 100) -> Lesson:
+    """Train with adapters of rank 6 on all matrices; |s B A| / |W| of each layer and matrix."""
+    model = task.adapted(LoRAConfig(rank=6, alpha=14, target_modules=MATRICES))
+    with torch.enable_grad():
+        losses = fit(model, task.batches(steps))
+    layers = lora_layers(model)
+    number = len(layers) // len(MATRICES)
+    sizes = np.array(
+        [
+            [
+                (layer.delta_weight().norm() / layer.base.weight.norm()).item()
+                for layer in (layers[f"roberta.encoder.layer.{i}.{name}"] for name in MATRICES)
+            ]
+            for i in range(number)
+        ]
+    )
+    lines = [f"|update| / |W| in %, after {steps} steps (loss {losses[0]:.2f} to {np.mean(losses[-10:]):.2f})"]
+    lines.append("layer" + "".join(f"{name.removeprefix('attention.'):>20}" for name in MATRICES))
+    lines += [f"{i:>5}" + "".join(f"{100 * size:>20.2f}" for size in row) for i, row in enumerate(sizes)]
+
+    def draw(axes: Axes) -> None:
+        image = axes.imshow(100 * sizes, cmap="cividis", origin="lower", aspect="auto", vmin=0)
+        axes.figure.colorbar(image, ax=axes, label="|s B A| / |W| (%)")
+        axes.grid(visible=False)
+        axes.set_xticks(range(len(MATRICES)), [name.replace("attention.", "att.") for name in MATRICES])
+        axes.tick_params(axis="x", rotation=35, labelsize=8)
+        axes.set_yticks(range(number))
+        for (i, j), size in np.ndenumerate(sizes):
+            dark = size > 0.6 * sizes.max()
+            axes.text(j, i, f"{100 * size:.1f}", ha="center", va="center", fontsize=8, color="k" if dark else "w")
+        axes.set(ylabel="layer (0 is next to the text)", title="Size of the trained update")
+
+    return Lesson(lines, [draw], {"sizes": sizes, "losses": losses})
+
+
+if __name__ == "__main__":
+    sys.exit(run_lesson("layer_updates", lesson))
