@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SHOWN = ("roberta.embeddings", "attention.self", "attention.output.dense", "attention.output", "classifier")
+SHARES = {"zero": "G exactly zero", "subnormal": "G subnormal: bits lost", "broken": "G inf or nan"}
 SCALES = tuple(2.0**k for k in range(0, 33, 4))
 
 
@@ -51,12 +52,13 @@ def backward(model: nn.Module, batch: Batch, compute: Compute, scale: float) -> 
 
 
 def shares(model: nn.Module, batch: Batch, compute: Compute, scale: float) -> dict[str, float]:
-    """Of the entries of G at real tokens: the share that is zero, and that is inf or nan; and of dL/dB, zeros."""
+    """Shares of the entries of G at real tokens: zero, subnormal in its format, inf or nan; and of dL/dB: zero."""
     gradients = backward(model, batch, compute, scale)
     entries = torch.cat([g[batch.attention_mask] for g in gradients if g.shape[1] > 1], dim=-1)
     of_B = torch.cat([layer.lora_B.grad.flatten() for layer in lora_layers(model).values()])
     return {
         "zero": (entries == 0).double().mean().item(),
+        "subnormal": ((entries != 0) & (entries.abs() < torch.finfo(entries.dtype).tiny)).double().mean().item(),
         "broken": (~entries.isfinite()).double().mean().item(),
         "zero in dL/dB": (of_B == 0).double().mean().item(),
     }
@@ -85,6 +87,7 @@ def lesson(
     task: Task,
     steps: int = 40,
     scales: Sequence[float] = SCALES,
+    start_scale: float = 2.0**28,
     scaled_steps: int = 10,
 ) -> Lesson:
     """Count zeros and infinities among gradients in float16 at each scale; then watch GradScaler find its own."""
@@ -100,7 +103,7 @@ def lesson(
         "fp16": {scale: shares(model, probe, fp16, scale) for scale in scales},
     }
     model.zero_grad(set_to_none=True)
-    scaler = torch.amp.GradScaler("cpu", init_scale=max(scales))
+    scaler = torch.amp.GradScaler("cpu", init_scale=start_scale)
     trace: list[float] = []
     fit(
         model,
@@ -112,22 +115,25 @@ def lesson(
     found["trace"] = trace
 
     lines = ["output under autocast to fp16: " + ", ".join(f"{k} {v}" for k, v in found["formats"].items()), ""]
-    lines.append("gradients            scale   G zero    G inf or nan   dL/dB zero")
+    lines.append("gradients            scale   G zero   G subnormal   G inf or nan   dL/dB zero")
     rows = [("fp32", 1.0, found["fp32"]), ("bf16", 1.0, found["bf16"])]
     rows += [("fp16", scale, row) for scale, row in found["fp16"].items()]
     for name, scale, row in rows:
         power = f"2^{math.log2(scale):.0f}"
-        numbers = f"{row['zero']:>6.2%}   {row['broken']:>12.2%}   {row['zero in dL/dB']:>10.2%}"
+        numbers = (
+            f"{row['zero']:>6.2%}   {row['subnormal']:>11.2%}   {row['broken']:>12.2%}   {row['zero in dL/dB']:>10.2%}"
+        )
         lines.append(f"{name:<18} {power:>7}   {numbers}")
     powers = " ".join(f"2^{math.log2(scale):.0f}" for scale in trace)
-    lines += ["", f"GradScaler, begun at 2^{math.log2(max(scales)):.0f}, after each step: {powers}"]
+    lines += ["", f"GradScaler, begun at 2^{math.log2(start_scale):.0f}, after each step: {powers}"]
 
     def draw_shares(axes: Axes) -> None:
-        for i, (key, label) in enumerate((("zero", "G exactly zero"), ("broken", "G inf or nan"))):
+        for i, (key, label) in enumerate(SHARES.items()):
             values = [100 * row[key] for row in found["fp16"].values()]
-            axes.plot(scales, values, color=PALETTE[i], marker="os"[i], label=f"fp16: {label}")
-        axes.axhline(100 * found["fp32"]["zero"], color=PALETTE[2], linestyle="--", label="fp32: G exactly zero")
+            axes.plot(scales, values, color=PALETTE[i], marker="os^"[i], label=f"fp16: {label}")
         axes.set_xscale("log", base=2)
+        axes.set_yscale("symlog", linthresh=0.01)  # a log axis that has a zero
+        axes.set_ylim(-0.002, 300)
         axes.set(xlabel="loss scale", ylabel="share of the entries (%)", title="Underflow and overflow")
 
     def draw_trace(axes: Axes) -> None:

@@ -70,6 +70,7 @@ def lesson(task: Task, steps: int = 40, number: int = 5) -> Lesson:
             axes.bar([j + 0.27 * (i - 1) for j in range(3)], heights, width=0.25, color=PALETTE[i], label=form)
         axes.set_xticks(range(3), FORMATS)
         axes.set(yscale="log", ylabel="relative error of the logits", title="Against float64, unmerged")
+        axes.set_ylim(1e-8, 1)  # room for the legend
 
     return Lesson(lines, [draw], found)
 

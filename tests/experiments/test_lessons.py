@@ -96,10 +96,11 @@ def test_merged_and_unmerged_differ_by_rounding_alone(task, drawn):
 def test_scaling_the_loss_saves_gradients_from_underflow_and_too_much_of_it_breaks_them(task, drawn):
     # Gradients of a model this small are large: scales below 1 stand for a large model's 1.
     scales = (2.0**-20, 2.0**-12, 1.0, 2.0**32)
-    found = drawn(loss_scaling.lesson(task, steps=2, scales=scales, scaled_steps=3))
+    found = drawn(loss_scaling.lesson(task, steps=2, scales=scales, start_scale=2.0**32, scaled_steps=3))
     zero = [found["fp16"][scale]["zero"] for scale in scales]
     assert zero[0] > zero[1] > zero[2] + 0.1
     assert found["fp32"]["zero"] <= zero[2]
+    assert found["fp16"][scales[1]]["subnormal"] > found["fp16"][1.0]["subnormal"] + 0.1
     assert [found["fp16"][scale]["broken"] > 0 for scale in scales] == [False, False, False, True]
     assert found["trace"] == [2.0**31, 2.0**30, 2.0**29]
     assert found["formats"]["attention.self"] == "float16" and found["formats"]["attention.output"] == "float32"
