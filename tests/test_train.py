@@ -53,6 +53,7 @@ def test_a_run_learns_and_leaves_everything_behind(run, tiny_config, tiny_data):
         "metrics.jsonl",
         "report.json",
         "report.html",
+        "README.md",
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
         "adapter/tokenizer.json",
