@@ -121,7 +121,8 @@ def forks(size, work, folder):
     Returns their wait statuses, and for each (what it returned, its stdout, its stderr).
     """
     folder.mkdir(exist_ok=True)
-    port, pids = free_port(), []
+    # As under torchrun, what the processes know of each other outlives each of them.
+    store, pids = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), []
     for rank in range(size):
         pid = os.fork()
         if pid == 0:
@@ -129,7 +130,8 @@ def forks(size, work, folder):
             try:
                 sys.stdout, sys.stderr = ((folder / f"{name}{rank}").open("w") for name in ("out", "err"))
                 told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-                told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+                told |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
                 os.environ.update({name: str(value) for name, value in told.items()})
                 code, seen = work(rank)
                 (folder / f"seen{rank}").write_text(json.dumps(seen))
