@@ -83,17 +83,31 @@ class RunFolder:
             return False
 
     def create(self, config: RunConfig, label_names: tuple[str, ...], replace: bool) -> None:
-        """Make the folder anew, with the settings and labels of this run."""
+        """Make the folder anew, with the settings and labels of this run.
+
+        It is made under another name and renamed, and so is the one it replaces: whenever the process ends, there is
+        either no folder of this name or a whole one, in which a run can be resumed.
+        """
         if not self.writes:
             return
         self.check_free(replace)
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True)
+        path = self.path.absolute()
+        new, old = (path.with_name(f".{path.name}.{state}") for state in ("new", "old"))
+        for left_over in (new, old):  # of a process that was killed
+            shutil.rmtree(left_over, ignore_errors=True)
+        new.mkdir(parents=True)
+        try:
+            write_config(config, new / self.config.name)
+            names = json.dumps(label_names, ensure_ascii=False) + "\n"
+            (new / self.labels.name).write_text(names, encoding="utf-8")
+            if path.exists():
+                path.rename(old)
+            new.rename(path)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
         if config.train.tensorboard:
             self._board = _open_board(self.path / "tensorboard")
-        write_config(config, self.config)
-        self.labels.write_text(json.dumps(label_names, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def log(self, **values: Any) -> None:
         """Append a line to metrics.jsonl."""

@@ -1,0 +1,46 @@
+"""A run folder appears whole or not at all."""
+
+import pytest
+
+from training import run_folder as module
+from training.config import RunConfig, read_config
+from training.run_folder import RunFolder
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Settings are written by half, then the disk is full."""
+
+    def write(config, path):
+        path.write_text("output = ")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_config", write)
+
+
+def test_a_folder_that_can_not_be_written_is_not_there(tmp_path, failing):
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(OSError, match="space"):
+        folder.create(RunConfig(), ("a", "b"), replace=False)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_was_to_be_replaced_stays(tmp_path, monkeypatch, request):
+    folder = RunFolder(tmp_path / "run")
+    folder.create(RunConfig(output="first"), ("a", "b"), replace=False)
+    folder.log(step=1)
+    request.getfixturevalue("failing")
+    with pytest.raises(OSError, match="space"):
+        folder.create(RunConfig(output="second"), ("a", "b"), replace=True)
+    assert read_config(folder.config).output == "first" and folder.metrics.is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path):
+    (tmp_path / ".run.new").mkdir()
+    (tmp_path / ".run.new" / "config.toml").write_text("output = ")
+    (tmp_path / "run").mkdir()  # empty: free to be used
+    folder = RunFolder(tmp_path / "run")
+    folder.create(RunConfig(output="mine"), ("a", "b"), replace=False)
+    assert read_config(folder.config).output == "mine" and folder.read_labels() == ("a", "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
