@@ -63,6 +63,7 @@ def test_float32_on_a_cpu_goes_by_onednn_and_the_rest_does_not(monkeypatch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
     assert layer(torch.empty(0, 4)).shape == (0, 5)
+    torch.compile(layer, backend="eager")(x)
     layer.to("meta")(x.to("meta"))
     assert len(calls) == 1
 
