@@ -195,8 +195,8 @@ def test_a_signal_writes_a_checkpoint_first(command, whole, tmp_path, monkeypatc
 def cut(command, tmp_path, whole):
     """A run killed after its second checkpoint."""
     _, events = whole
-    third = [i for i, name in enumerate(events) if name == "rename"][2]
-    in_a_fork(command("cut"), kill_at=third)
+    renames = [i for i, name in enumerate(events) if name == "rename"]  # of the run folder, then of each checkpoint
+    in_a_fork(command("cut"), kill_at=renames[3])
     folder = tmp_path / "cut"
     assert len(list((folder / "checkpoint").glob("step-*"))) == 2
     return folder
