@@ -20,7 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -30,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import ops.linear
 from benchmarks import theirs
 from data.batching import Batch
 from lora.config import LoRAConfig
@@ -245,7 +247,8 @@ def gemm_rate(
 def efficiency(model: str, rows: int, length: int, compute: Compute, pairs: int) -> list[Ratio]:
     """Useful operations a second of our step over the rate of a matmul alone, measured by turns.
 
-    Two rates: that of torch's own matmul, which is what both sides' users have, and that of the one used here.
+    A CPU has two matmuls: torch's own, which both sides' users have, and oneDNN's, which a step here uses. So there
+    are three figures: the step over either rate, and what it reaches over torch's rate when it uses that one as well.
     """
     config = MODELS[model]
     batch = random_batch(config, rows, length, compute.device)
@@ -254,20 +257,36 @@ def efficiency(model: str, rows: int, length: int, compute: Compute, pairs: int)
     step = our_step(ours, compute)
     step(batch)
     work = useful_flops(config, rows, length)
-    measured = [
-        (
-            work / seconds_of(lambda: step(batch), compute),
-            gemm_rate(F.linear, config, rows * length, compute),
-            gemm_rate(linear, config, rows * length, compute),
-        )
-        for _ in range(pairs)
-    ]
-    mine, torchs, used = (statistics.median(side) / 1e9 for side in zip(*measured, strict=True))
-    name = f"useful GFLOP/s over {{}} GEMM rate, {model} {rows} x {length}"
-    return [
-        Ratio(name.format("torch's"), mine, torchs, "GFLOP/s", [a / b for a, b, _ in measured]),
-        Ratio(name.format("the used"), mine, used, "GFLOP/s", [a / c for a, _, c in measured]),
-    ]
+
+    def useful_rate() -> float:
+        return work / seconds_of(lambda: step(batch), compute)
+
+    measured = []
+    for _ in range(pairs):
+        torchs, used = (gemm_rate(matmul, config, rows * length, compute) for matmul in (F.linear, linear))
+        mine = useful_rate()
+        with torchs_matmuls():
+            plain = useful_rate()
+        measured.append((mine, plain, torchs, used))
+    mine, plain, torchs, used = (statistics.median(side) / 1e9 for side in zip(*measured, strict=True))
+    name = f"useful GFLOP/s over {{}}, {model} {rows} x {length}"
+    found = [Ratio(name.format("torch's GEMM rate"), mine, torchs, "GFLOP/s", [a / c for a, _, c, _ in measured])]
+    if compute.device.type == "cpu":
+        by_torch = [b / c for _, b, c, _ in measured]
+        by_used = [a / d for a, _, _, d in measured]
+        found.append(Ratio(name.format("it, with its matmul"), plain, torchs, "GFLOP/s", by_torch))
+        found.append(Ratio(name.format("oneDNN's GEMM rate"), mine, used, "GFLOP/s", by_used))
+    return found
+
+
+@contextmanager
+def torchs_matmuls() -> Iterator[None]:
+    """torch's own matmuls on a CPU, for a while, as if it were built without oneDNN."""
+    kept, ops.linear._ONEDNN = ops.linear._ONEDNN, None
+    try:
+        yield
+    finally:
+        ops.linear._ONEDNN = kept
 
 
 _MEMORY = """
@@ -384,6 +403,7 @@ def cpu_set(arguments: Arguments, compute: Compute) -> list[Callable[[], Ratio |
         ("inference base", lambda: inference_ratio("base", 32, 128, compute, 2)),
         ("full minilm", lambda: full_against_lora("minilm", 32, 64, compute, pairs)),
         ("efficiency minilm", lambda: efficiency("minilm", 32, 64, compute, pairs)),
+        ("efficiency base", lambda: efficiency("base", 32, 128, compute, 2)),
         ("memory base", lambda: memory_ratio("base", 32, 128, compute)),
     ]
     if (arguments.text / "train.csv").is_file():
