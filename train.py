@@ -301,6 +301,8 @@ def train(config: RunConfig, world: World = ALONE) -> int:
         position = restore(state, tensors, model, optimizer, schedule, scaler)
         folder.cut_metrics(position.metrics_bytes)
         say(f"resumed     epoch {position.epoch}, after step {position.step}")
+    if settings.tensorboard:
+        folder.open_board(position.step)
     world.check_same_position(position.step)
     say(f"compute     {compute.describe()}" + (f", in each of {world.size} processes" if world.size > 1 else ""))
     say(f"steps       {steps_per_epoch} an epoch, {total_steps} in {settings.epochs} epochs at most")
@@ -471,7 +473,7 @@ def train(config: RunConfig, world: World = ALONE) -> int:
     if world.is_main:
         finish(folder)
     if test is None:
-        say(f"\ninterrupted in epoch {position.epoch} after step {position.step}; the adapter is in {folder.adapter}")
+        say(f"\ninterrupted in epoch {epochs_run} after step {position.step}; the adapter is in {folder.adapter}")
         say(f"go on:   the same command with --resume, or python train.py {folder.config} --resume")
     else:
         say(f"\nbest epoch {position.best_epoch} by validation accuracy; on the test split:\n")
