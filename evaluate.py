@@ -96,7 +96,8 @@ class Trained:
 def load_trained(arguments: Arguments) -> Trained:
     """Put the base checkpoint and the adapter together.
 
-    Raises ConfigError if the folder is neither a run nor an adapter, or if part of the head is nowhere to be found.
+    Raises ConfigError if the folder is neither a run nor an adapter, or if part of the head is nowhere to be found;
+    DataError, CheckpointError or LoRAError if checkpoint or adapter can't be had or read, or don't fit each other.
     """
     folder = RunFolder(arguments.run)
     is_run = folder.config.is_file()
@@ -155,7 +156,9 @@ def read_texts(arguments: Arguments) -> list[str]:
     sources = [f"--text number {i + 1}" for i in range(len(texts))]
     if arguments.file is not None:
         try:
-            lines = arguments.file.read_text(encoding="utf-8").splitlines()
+            # Not `splitlines`, which also cuts a text at a form feed or at Unicode's own separators.
+            content = arguments.file.read_text(encoding="utf-8-sig")
+            lines = content.removesuffix("\n").split("\n") if content else []
         except OSError as error:
             raise ConfigError(f"{arguments.file}: can't be read ({error.strerror})") from None
         except UnicodeDecodeError as error:
@@ -235,13 +238,27 @@ def _test_split(trained: Trained) -> Split:
 
 
 def check_arguments(arguments: Arguments) -> None:
-    """Raise ConfigError for arguments that don't go together, and files that would be replaced, before any work."""
-    if arguments.export is not None and arguments.export.exists() and any(arguments.export.iterdir()):
-        raise ConfigError(f"{arguments.export}: is not empty; export to a new folder")
+    """Raise ConfigError for arguments that don't go together, and places that can't be written, before any work."""
+    questions = {
+        "--text and --file": bool(arguments.text) or arguments.file is not None,
+        "--predict": arguments.predict is not None,
+        "--speed": arguments.speed,
+    }
+    if sum(questions.values()) > 1:
+        given = ", ".join(name for name, asked in questions.items() if asked)
+        raise ConfigError(f"{given} ask for different things; give one of them")
+    if (
+        (export := arguments.export) is not None
+        and export.exists()
+        and not (export.is_dir() and not any(export.iterdir()))
+    ):
+        raise ConfigError(f"{export}: exists and is not an empty folder; export to a new one")
     if (arguments.predict is None) != (arguments.out is None):
         raise ConfigError("--predict FILE and --out FILE go together; give both")
     if arguments.out is not None and arguments.out.exists():
         raise ConfigError(f"{arguments.out} exists; remove it, or give another --out")
+    if arguments.out is not None and not arguments.out.parent.is_dir():
+        raise ConfigError(f"{arguments.out}: there is no folder {arguments.out.parent}; make it, or give another --out")
     if arguments.speed and (arguments.merged or arguments.export is not None):
         raise ConfigError("--speed measures both, merged and not; leave --merged and --export out")
 

@@ -64,6 +64,7 @@ def train_step(
 
     Returns that loss in nats, a scalar still on the device: reading it is the caller's decision, as it makes a GPU
     wait. With fp16 a step whose gradients overflow changes nothing but the loss scale (Micikevicius et al. 2018).
+    `max_grad_norm` = 0 leaves the gradients as they are.
     Of several processes each holds some of the n texts, and all make the same step.
     """
     texts = sum(len(batch.labels) + batch.elsewhere for batch in batches)
@@ -154,7 +155,8 @@ def finish(folder: RunFolder) -> None:
 def train(config: RunConfig, world: World = ALONE) -> int:
     """Run `config` from data to report. Returns the exit code: 0, or 128 + the signal that stopped it.
 
-    Every process of `world` runs all of it, on its share of each batch; process 0 alone writes and prints.
+    Every process of `world` runs all of it, on its share of each batch; process 0 alone writes and prints. Raises
+    ConfigError, DataError, CheckpointError or LoRAError for what can't be used, OSError for what can't be written.
     """
     settings, started = config.train, time.perf_counter()
     folder = RunFolder(config.output, writes=world.is_main)
@@ -301,6 +303,8 @@ def train(config: RunConfig, world: World = ALONE) -> int:
         position = restore(state, tensors, model, optimizer, schedule, scaler)
         folder.cut_metrics(position.metrics_bytes)
         say(f"resumed     epoch {position.epoch}, after step {position.step}")
+    if settings.tensorboard:
+        folder.open_board(position.step)
     world.check_same_position(position.step)
     say(f"compute     {compute.describe()}" + (f", in each of {world.size} processes" if world.size > 1 else ""))
     say(f"steps       {steps_per_epoch} an epoch, {total_steps} in {settings.epochs} epochs at most")
@@ -471,7 +475,7 @@ def train(config: RunConfig, world: World = ALONE) -> int:
     if world.is_main:
         finish(folder)
     if test is None:
-        say(f"\ninterrupted in epoch {position.epoch} after step {position.step}; the adapter is in {folder.adapter}")
+        say(f"\ninterrupted in epoch {epochs_run} after step {position.step}; the adapter is in {folder.adapter}")
         say(f"go on:   the same command with --resume, or python train.py {folder.config} --resume")
     else:
         say(f"\nbest epoch {position.best_epoch} by validation accuracy; on the test split:\n")

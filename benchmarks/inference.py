@@ -2,7 +2,7 @@
 
     python -m benchmarks.inference --batch-size 64 --length 64
 
-Speed does not hang on what the weights are. The published experiment reports a factor of 1.8.
+Speed does not depend on what the weights are. The published experiment reports a factor of 1.8.
 """
 
 from __future__ import annotations

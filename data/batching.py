@@ -97,7 +97,7 @@ def encode_split(
     """Tokenize a split in batches, with a progress bar, once: `datasets` keeps the result in the cache folder.
 
     The cached ids are found again by the texts and the tokenizer's fingerprint. `cache=False` leaves no trace, for a
-    few texts typed by hand.
+    few texts typed by hand. Raises what the tokenizer raises, and OSError if the cache can't be written.
     """
     if cache:
         flat, offsets, truncated = _encode_cached(split.texts, tokenizer, description)

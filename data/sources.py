@@ -253,16 +253,20 @@ def read_unlabelled(
 ) -> tuple[list[str], list[str]]:
     """Ids and texts of a CSV, TSV, JSONL or Parquet file without labels.
 
-    The id is the column `id_column`, else a column called id or ID, else the row's number from 0. Raises DataError
-    that names the file, the row and the mend.
+    The id is the column `id_column`, else a column called id or ID if the first row has one, else the row's number
+    from 0. Raises DataError that names the file, the row and the mend.
     """
-    ids, texts = [], []
+    ids, texts, column = [], [], id_column
     for number, (where, row) in enumerate(_checked_rows(path, (*text_columns, *([id_column] if id_column else ())))):
         text = " ".join(_file_text(row[name], name, where) for name in text_columns)
         if not text.strip():
             raise DataError(f"{where}: the text is empty; remove the row or fill it in")
-        column = id_column or next((name for name in _ID_COLUMNS if name in row), None)
-        ids.append(str(number if column is None else row[column]))
+        if number == 0 and column is None:
+            column = next((name for name in _ID_COLUMNS if name in row), None)
+        value = number if column is None else row.get(column)
+        if value is None or value != value or value == "":
+            raise DataError(f"{where}: the ID in {column!r} is empty; fill it in, or name another column of IDs")
+        ids.append(str(value))
         texts.append(text)
     if not texts:
         raise DataError(f"{path}: no rows; give a file that has some")

@@ -84,7 +84,10 @@ def expand(path: Path, overrides: dict[str, Any], seeds: int = 1) -> dict[str, R
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """ "lora.rank=8" as a field and its value, written as in TOML; what is no TOML value is taken as text."""
+    """ "lora.rank=8" as a field and its value, written as in TOML; what is no TOML value is taken as text.
+
+    Raises ConfigError without a field or an "=".
+    """
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
         raise ConfigError(f"--set {text}: write it as field=value, for example train.epochs=2")

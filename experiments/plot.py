@@ -30,7 +30,10 @@ class Arguments:
 
 
 def plot(arguments: Arguments) -> int:
-    """Draw every metric that the runs have; says what a run lacks. Returns the exit code."""
+    """Draw every metric that the runs have; says what a run lacks. Returns the exit code.
+
+    Raises ConfigError for no run, or what is no run folder.
+    """
     if not arguments.runs:
         raise ConfigError("name at least one run folder")
     runs = [read_curves(RunFolder(path)) for path in arguments.runs]

@@ -28,7 +28,7 @@ class Arguments:
 
 
 def main(arguments: Arguments) -> int:
-    """Returns the exit code."""
+    """Write both for every run folder. Returns the exit code. Raises ConfigError for what is no run folder."""
     if not arguments.runs:
         raise ConfigError("name at least one run folder")
     for path in arguments.runs:

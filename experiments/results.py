@@ -16,8 +16,8 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from experiments.grid import Planned
-from training.pages import write_page
-from training.plots import METRICS, draw_metric, read_curves, save_png, to_svg
+from training.pages import write_page, write_whole
+from training.plots import draw_metric, read_curves, save_png, to_svg
 from training.run_folder import RunFolder
 
 _CURVES = ("loss", "validation_loss", "accuracy", "precision", "recall", "f1")
@@ -147,7 +147,7 @@ def write_results(
     writer = csv.DictWriter(file, fields, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(vars(row) for row in rows)
-    _write(folder / "results.csv", file.getvalue())
+    write_whole(folder / "results.csv", file.getvalue())
 
     cells = [_cells(row) for row in rows]
     lines = [f"| {' | '.join(cells[0])} |", f"|{'|'.join(' --- ' for _ in cells[0])}|"]
@@ -156,14 +156,13 @@ def write_results(
         lines += ["", f"Set in every row: {', '.join(f'`{one}`' for one in overrides)}. Names are those of the files."]
     lines += ["", "accuracy: mean ± standard deviation over the seeds; speed: texts/s relative to the slowest row."]
     lines += [f"\n{name} failed: {why}" for name, why in failed]
-    _write(folder / "results.md", "\n".join(lines) + "\n")
+    write_whole(folder / "results.md", "\n".join(lines) + "\n")
 
     runs = [read_curves(RunFolder(row.folder)) for row in rows if row.folder]
     runs = [run for run in runs if run.steps and run.validations]
     (folder / "plots").mkdir(exist_ok=True)
     plots = []
     for metric in _CURVES if runs else ():
-        assert metric in METRICS
 
         def draw(axes: Any, metric: str = metric) -> None:
             draw_metric(axes, runs, metric)
@@ -188,12 +187,3 @@ def write_results(
 def _link(row: Row, folder: Path) -> str | None:
     """Where the report of a row's first seed lies, as seen from the table's folder."""
     return None if row.folder is None else f"{quote(os.path.relpath(row.folder, folder))}/report.html"
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

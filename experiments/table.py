@@ -29,7 +29,7 @@ from training.command_line import EXIT_INTERRUPTED, parse_options, run_command
 from training.config import RunConfig, read_config, write_config
 from training.errors import ConfigError
 from training.progress import minutes, say
-from training.run_folder import RunFolder, flat_settings
+from training.run_folder import RunFolder, changed_settings
 
 _TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
@@ -168,12 +168,11 @@ def _check_same_grid(output: Path, run: Planned) -> None:
     folder = RunFolder(output / "runs" / run.folder)
     if not folder.config.is_file():
         return
-    there, wanted = (flat_settings(config) for config in (read_config(folder.config), run.config))
-    for field in wanted:
-        if field not in ("output", "overwrite", "resume") and there[field] != wanted[field]:
+    for field, (there, wanted) in changed_settings(read_config(folder.config), run.config).items():
+        if field not in ("output", "overwrite", "resume"):
             raise ConfigError(
-                f"{output}: holds results of another grid: {run.folder} has {field} = {there[field]!r}, not "
-                f"{wanted[field]!r}; choose another --output"
+                f"{output}: holds results of another grid: {run.folder} has {field} = {there!r}, not {wanted!r}; "
+                "choose another --output"
             )
 
 

@@ -34,7 +34,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
-# peft's names of our settings, and how each is read back from JSON.
+# Our settings -> peft's names of them.
 _FIELDS = {
     "rank": "r",
     "alpha": "lora_alpha",
@@ -83,7 +83,8 @@ def save_adapter(
     `base_model` is the name or path under which the base checkpoint is found again, `task_type` peft's name of the
     task ("SEQ_CLS" for classification). `also` names modules to save whole even where they are not trained whole: a
     new head of which only a part is trained is in no checkpoint, and without its frozen part the adapter could not be
-    put together again. The folder is made; each file appears whole or not at all.
+    put together again. `config` is the one that `inject_lora` was given. The folder is made; each file appears whole or
+    not at all. Raises OSError if it can't be written.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -113,8 +114,11 @@ def load_adapter(model: nn.Module, directory: str | Path) -> LoRAConfig:
     A model without adapters gets them by the file's settings; one that has them must have the same ones.
 
     Raises LoRAError if a file is missing or broken, if the settings ask for what is not done here, if the adapters
-    don't fit the model, or if a tensor is missing (the head included), unexpected, or of another shape.
+    don't fit the model, or if a tensor is missing (the head included), unexpected, of another shape, or not finite.
+    Raises RuntimeError if the model's own adapters are merged: its weights would keep their update.
     """
+    if any(layer.merged for layer in lora_layers(model).values()):
+        raise RuntimeError("this model's adapters are merged; unmerge them before loading others")
     directory = Path(directory)
     config = read_adapter_config(directory, model)
     path = directory / WEIGHTS_NAME
@@ -168,7 +172,10 @@ def load_adapter(model: nn.Module, directory: str | Path) -> LoRAConfig:
 
 
 def read_base_model(directory: str | Path) -> str | None:
-    """Name or path of the base checkpoint that the adapter was trained on, if its settings tell."""
+    """Name or path of the base checkpoint that the adapter was trained on, if its settings tell.
+
+    Raises LoRAError if they can't be read, or give what is no name.
+    """
     path = Path(directory) / CONFIG_NAME
     name = _read_json(path).get("base_model_name_or_path") or None
     if name is not None and not isinstance(name, str):
@@ -181,7 +188,8 @@ def read_adapter_config(directory: str | Path, model: nn.Module | None = None) -
 
     Fields unknown here are accepted at a value that switches them off (null, false, 0, empty), and refused by name
     otherwise: each of them would change what the adapter computes. With a `model`, names of heads that peft adds
-    to `modules_to_save` for every classifier are dropped where the model has no such part.
+    to `modules_to_save` for every classifier are dropped where the model has no such part. Raises LoRAError that names
+    the file and the field.
     """
     path = Path(directory) / CONFIG_NAME
     raw = _read_json(path)
@@ -243,7 +251,8 @@ def _refuse_endless_search(path: Path, values: dict[str, Any]) -> None:
 
 def _refuse_larger_ranks(model: nn.Module, config: LoRAConfig, directory: Path) -> None:
     """Raise LoRAError if the settings give a layer a rank that no tensor has: it would be made before it is missed."""
-    chosen = [name for name, _ in model.named_modules() if matches(config.target_modules, name)]
+    layers = config.layers_to_transform
+    chosen = [name for name, _ in model.named_modules() if matches(config.target_modules, name, layers)]
     named = max((pattern_value(config.rank_pattern, name, config.rank) for name in chosen), default=0)
     ranks = [shape[0] for name, shape in adapter_shapes(directory).items() if ".lora_A" in name and shape]
     held = max(ranks, default=0)
@@ -284,10 +293,7 @@ def _file_keys(model: nn.Module, config: LoRAConfig) -> dict[str, str]:
     """Key in the file -> name of our parameter, for everything that belongs to the adapter."""
     layers = lora_layers(model)
     kept_whole = {
-        name
-        for wanted in config.modules_to_save
-        for name, _ in model.named_modules()
-        if name == wanted or name.endswith(f".{wanted}")
+        name for wanted in config.modules_to_save for name, _ in model.named_modules() if matches([wanted], name)
     }
     keys: dict[str, str] = {}
     for name, _ in model.named_parameters():

@@ -75,8 +75,10 @@ def adapter_parameters(
     """Parameters trained in the encoder: sum of rank * (in + out) over the targeted matrices, and the chosen biases.
 
     `bias` is none, lora_only (the targeted layers' own) or all (every linear layer's and LayerNorm's).
-    Raises ValueError for a rank below 1, a target that matches nothing, or a layer that does not exist.
+    Raises ValueError for a rank below 1, no target, one that matches nothing, or a layer that does not exist.
     """
+    if not targets:
+        raise ValueError("no target; name at least one linear layer, for example query")
     if rank < 1:
         raise ValueError(f"rank is {rank}; it must be 1 or more")
     absent = sorted(set(layers or ()) - set(range(shape.layers)))
@@ -98,7 +100,9 @@ def adapter_parameters(
 
 
 def head_parameters(shape: Shape, labels: int, head: str = "full", bias: str = "none") -> int:
-    """Parameters trained in the head: all of it, its out_proj, or none; with bias = all, its biases in any case."""
+    """Parameters trained in the head, one of HEADS: all of it, its out_proj, or none; with bias = all, its biases in
+    any case.
+    """
     dense_bias, dense = shape.hidden, shape.hidden * shape.hidden
     out_bias, out = labels, labels * shape.hidden
     trained = {"full": dense + dense_bias + out + out_bias, "out_proj": out + out_bias, "none": 0}[head]
@@ -124,7 +128,10 @@ def largest_rank(
     layers: Sequence[int] | None = None,
     bias: str = "none",
 ) -> int:
-    """The largest rank whose adapters and head together train at most `budget` parameters; 0 if not even rank 1."""
+    """The largest rank whose adapters and head together train at most `budget` parameters; 0 if not even rank 1.
+
+    Raises ValueError as `adapter_parameters` does.
+    """
     one, two = (adapter_parameters(shape, targets, rank, layers, bias) for rank in (1, 2))
     left = budget - head_parameters(shape, labels, head, bias) - one
     return 0 if left < 0 else 1 + left // (two - one)

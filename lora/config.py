@@ -16,8 +16,9 @@ class LoRAError(ValueError):
 class LoRAConfig:
     """Settings of LoRA, with the meanings that peft's `LoraConfig` gives them (its name in brackets where it differs).
 
-    Raises LoRAError for a rank below 1, an alpha of 0 or less, a dropout outside [0, 1), an unknown bias, or layers
-    chosen by number together with a regular expression (which can name its layers itself).
+    Raises LoRAError for a value of another type, a rank below 1, an alpha of 0 or less, a dropout outside [0, 1), an
+    unknown bias, no target or no layer at all, what is no regular expression, or layers chosen by number together with
+    a regular expression (which can name its layers itself).
     """
 
     rank: int = 8
@@ -58,6 +59,8 @@ class LoRAConfig:
             raise LoRAError(f"lora: bias is {self.bias!r}; choose none, lora_only or all")
         if not self.target_modules:
             raise LoRAError("lora: target_modules is empty; name at least one linear layer, for example query")
+        if self.layers_to_transform is not None and not self.layers_to_transform:
+            raise LoRAError("lora: layers_to_transform is empty; name at least one layer, or leave it out to adapt all")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise LoRAError(
                 "lora: layers_to_transform does not go with a regular expression in target_modules; "

@@ -148,7 +148,9 @@ def unmerge_lora(model: nn.Module) -> None:
 def unload_lora(model: nn.Module) -> nn.Module:
     """Replace every adapter by its plain linear layer, in place: merged ones keep their update, others lose it.
 
-    `merge_lora(model)` followed by `unload_lora(model)` is peft's `merge_and_unload()`. Returns the same model.
+    `merge_lora(model)` followed by `unload_lora(model)` is peft's `merge_and_unload()`. What was frozen stays frozen,
+    and a `PackedLoRALinear` stays in its place: without adapters it computes what the packed projection did. Returns
+    the same model.
     """
     for name, layer in lora_layers(model).items():
         _replace(model, name, layer.base)
@@ -167,7 +169,8 @@ class ParameterCount:
     trainable: int
     total: int
     parts: dict[str, tuple[int, int]]
-    """(trainable, total) of each part: every top-level module without its adapters, and the adapters by target."""
+    """(trainable, total) of each part: modules by the first two names of their paths, such as roberta.encoder, without
+    their adapters; and the adapters by target."""
 
     @property
     def percentage(self) -> float:

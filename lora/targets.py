@@ -29,7 +29,9 @@ def matches(targets: str | Collection[str], name: str, layers: Collection[int] |
 
 
 def layer_index(name: str) -> int | None:
-    """The number of the layer that `name` lies in: the first number in the path that follows a word ("layer.3.")."""
+    """The number of the layer that `name` lies in: the first that has two names before it and one behind, as in
+    "encoder.layer.3.output"; None without such a number, also for "layer.3.output" (peft's rule).
+    """
     found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
     return int(found.group(1)) if found else None
 

@@ -1,1 +1,1 @@
-"""What `roberta`, `lora` and `data` share beneath them: cheap dropout, and care with files from strangers."""
+"""What the other packages share beneath them: cheap dropout, the faster matmul, care with files from strangers."""

@@ -62,4 +62,6 @@ class Dropout(nn.Dropout):
         """Any shape -> the same shape."""
         if not self.training or self.p == 0:
             return x
-        return _Dropout.apply(x, self.p) if x.device.type == "cpu" else F.dropout(x, self.p)
+        if x.device.type != "cpu" or rounded(self.p) == 1:  # nothing is kept, and 1 / (1 - p) has no value
+            return F.dropout(x, self.p)
+        return _Dropout.apply(x, self.p)

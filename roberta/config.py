@@ -34,7 +34,8 @@ def _check_size(name: str, value: Any) -> None:
 class RobertaConfig:
     """Sizes and constants of a RoBERTa encoder with a classification head.
 
-    Names and meanings are those of the published `config.json` files, so that a file is read field by field.
+    Names and meanings are those of the published `config.json` files, so that a file is read field by field. Raises
+    CheckpointError for a size that no encoder has, a probability outside [0, 1), or sizes that don't go together.
     Sources: Liu et al. 2019 (RoBERTa), section 2 and table 9; Devlin et al. 2018 (BERT), section 3.
     """
 
@@ -123,13 +124,10 @@ class RobertaConfig:
         ):
             if raw.get(name, supported) != supported:
                 raise CheckpointError(f"{name} is {raw[name]!r}; this encoder computes {supported!r} only")
-        # transformers leaves fields at their class default out of some files; its two classes differ in these four.
-        if model_type == "bert":
-            defaults = {"vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2, "pad_token_id": 0}
-            defaults["layer_norm_eps"] = 1e-12
-        else:
-            defaults = {"vocab_size": 50265, "max_position_embeddings": 512, "type_vocab_size": 2, "pad_token_id": 1}
-            defaults["layer_norm_eps"] = 1e-12
+        # transformers leaves fields at their class default out of some files: the defaults of its classes, not ours.
+        defaults = {"max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12}
+        bert = model_type == "bert"
+        defaults |= {"vocab_size": 30522, "pad_token_id": 0} if bert else {"vocab_size": 50265, "pad_token_id": 1}
         names = {field.name for field in fields(cls)} - {"label_names"}
         values = defaults | {name: raw[name] for name in names if raw.get(name) is not None}
         if isinstance(labels := raw.get("id2label"), dict):
@@ -138,7 +136,7 @@ class RobertaConfig:
             if len(labels) > _MOST_LABELS:
                 raise CheckpointError(f"id2label has {len(labels):,} labels; {_MOST_LABELS:,} at most are read")
             values["label_names"] = tuple(str(labels[str(index)]) for index in range(len(labels)))
-        if model_type == "bert":
+        if bert:
             for name in ("max_position_embeddings", "pad_token_id"):
                 _check_size(name, values[name])
             # The position table gains pad_token_id + 1 rows at the top, and a single segment needs one type row.

@@ -33,7 +33,8 @@ _SPECIAL_TOKENS = {
 class TextTokenizer:
     """A tokenizer with its special tokens, truncating to `max_length` tokens (special ones included).
 
-    As in `transformers`, a special token spelled out in the text ("<s>") is read as that token.
+    As in `transformers`, a special token spelled out in the text ("<s>") is read as that token. Raises CheckpointError
+    if the vocabulary has no padding token.
     """
 
     def __init__(self, tokenizer: Tokenizer, max_length: int) -> None:

@@ -27,8 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ops.files import not_floats, open_safetensors, read_settings
-from roberta.config import CheckpointError, RobertaConfig
+from ops.files import not_floats, open_safetensors
+from roberta.config import CheckpointError, RobertaConfig, model_type
 from roberta.model import RobertaForSequenceClassification
 from roberta.tokenizer import TextTokenizer
 
@@ -51,8 +51,8 @@ def load_checkpoint(
     file holds one (a fine-tuned checkpoint), unless `new_head`; otherwise it is drawn from
     N(0, initializer_range^2) with zero biases, from torch's global generator.
 
-    Raises CheckpointError if the file is missing, cut off or no safetensors file, or if a key is missing, unexpected
-    or of another shape; the message lists the keys.
+    Raises CheckpointError if a file is missing, cut off or of another kind, if a key is missing, unexpected, of another
+    shape or type, or not finite (the message lists the keys), or if the model is larger than the machine's memory.
     """
     directory = Path(directory)
     path = directory / WEIGHTS_NAME
@@ -130,7 +130,8 @@ def save_checkpoint(
     """Write a folder that `transformers.RobertaForSequenceClassification.from_pretrained` opens.
 
     `model` holds plain linear layers (adapters merged and unloaded). With a tokenizer, `AutoTokenizer` opens too.
-    Files appear whole or not at all. Raises ValueError if the model still carries adapters.
+    The weights appear whole or not at all. Raises ValueError if the model still carries adapters, OSError if a file
+    can't be written.
     """
     plain = set(_parameter_names(model.config))
     tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
@@ -160,7 +161,7 @@ def _parameter_names(config: RobertaConfig) -> list[str]:
 def _is_bert(config_path: Path) -> bool:
     """Whether the folder's own config.json says so. `RobertaConfig.from_file` reports whatever is wrong with it."""
     RobertaConfig.from_file(config_path)
-    return read_settings(config_path)["model_type"] == "bert"
+    return model_type(config_path) == "bert"
 
 
 def _parameter_name(key: str) -> str | None:

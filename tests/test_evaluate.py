@@ -61,6 +61,14 @@ def test_texts_are_classified_with_probabilities(command, finished, tmp_path):
     file = tmp_path / "texts.txt"
     file.write_text("the goal of the match\noil price today\n", encoding="utf-8")
     assert command(folder, "--file", file)[1].splitlines()[-2:] == lines
+    # A byte-order mark is no part of a text, and only the end of a line ends one.
+    file.write_bytes("\ufeffthe goal of\x0cthe match\r\noil\u2028price today".encode())
+    code, out, _ = command(folder, "--file", file)
+    shown = [line[-30:] for line in out.split("\n") if line.startswith(("sports", "business"))]
+    assert code == 0 and [line.split("   ")[-1] for line in shown] == [
+        "the goal of\x0cthe match",
+        "oil\u2028price today",
+    ]
 
 
 def test_exported_model_opens_in_transformers_and_answers_alike(command, finished, tmp_path):
@@ -132,6 +140,10 @@ def test_what_can_not_be_used_is_one_line(command, finished, tmp_path):
         ([folder, "--file", tmp_path / "latin.txt"], "latin.txt: not UTF-8 at byte 3"),
         ([folder, "--file", tmp_path / "none.txt"], "none.txt: can't be read"),
         ([folder, "--base", "nothing-here"], "nothing-here"),
+        ([folder, "--text", "oil", "--speed"], "--text and --file, --speed ask for different things"),
+        ([folder, "--text", "oil", "--predict", "a.csv", "--out", "b.csv"], "--predict ask for different things"),
+        ([folder, "--export", tmp_path / "gap.txt"], "gap.txt: exists and is not an empty folder"),
+        ([folder, "--predict", "a.csv", "--out", tmp_path / "no" / "b.csv"], "there is no folder"),
         ([folder, "--txet", "x"], "--txet"),
     ]:
         code, _, err = command(*arguments)
@@ -201,6 +213,7 @@ def test_columns_of_text_and_id_are_chosen_or_numbered(command, finished, tmp_pa
         ("id,words\n1,a\n", (), "no column 'text'; there are id, words"),
         ("id,text\n", (), "new.csv: no rows"),
         ("id,text\n1,a\n", ("--id-column", "key"), "no column 'key'"),
+        ("id,text\n1,a\n,b\n", (), "new.csv, row 3: the ID in 'id' is empty"),
     ],
 )
 def test_an_unlabelled_file_that_can_not_be_used(command, finished, tmp_path, content, options, says):

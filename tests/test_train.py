@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from lora.adapter import load_adapter
 from roberta.tokenizer import TextTokenizer
 from tests.conftest import tiny_tokenizer
 from train import groups_of, make_optimizer, train
+from training import scoring
 from training.command_line import EXIT_BAD_INPUT, EXIT_INTERRUPTED, run_command
 from training.config import parse_command_line, read_config
 
@@ -366,6 +368,33 @@ def test_tensorboard_gets_what_is_logged(run, tiny_config, tiny_data):
     losses = [(line["step"], line["loss"]) for line in lines if "split" not in line]
     assert [(event.step, pytest.approx(event.value)) for event in board.Scalars("training/loss")] == losses
     assert len(board.Scalars("validation/accuracy")) == 1
+
+
+def test_a_resumed_run_goes_on_writing_for_tensorboard(run, tiny_config, tiny_data, monkeypatch):
+    """With a stand-in for TensorBoard's writer, so that it needs no extra."""
+    opened, written = [], []
+
+    class Writer:
+        def __init__(self, folder, purge_step=None):
+            opened.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, step))
+
+        def flush(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setattr(train_module, "check_board", lambda: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "score", lambda *_: os.kill(os.getpid(), signal.SIGINT) or real_score(*_))
+        real_score = scoring.score
+        code, out, _ = run(tiny_config, "--train.tensorboard", "--train.epochs", 2)
+    assert code == EXIT_INTERRUPTED and "interrupted in epoch 1 after step 11;" in out
+    assert run(tiny_config, "--train.tensorboard", "--train.epochs", 2, "--resume")[0] == 0
+    folder = str(tiny_data / "run" / "tensorboard")
+    assert opened == [(folder, None), (folder, 12)]
+    assert [step for name, step in written if name == "validation/accuracy"] == [11, 22]
 
 
 def test_without_tensorboard_the_extra_is_named(run, tiny_config, tiny_data, monkeypatch):

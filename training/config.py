@@ -2,7 +2,8 @@
 
     python train.py experiments/quickstart.toml --lora.rank 8 --train.epochs 2
 
-The dataclasses check types and names (unknown ones are errors); values are checked where they are used.
+Types, names (an unknown one is an error) and values are checked when a config is made; what hangs on the data or the
+checkpoint is checked where they are read.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class TrainConfig:
     compile: Literal["off", "on", "cuda-graphs"] = "off"
     """Compile the model by torch.compile, for long runs on a GPU: it takes a minute before the first step."""
     seed: int = 0
-    """Seeds Python, numpy, torch, the validation split and the order of batches."""
+    """Seeds Python, numpy, torch, the validation split, EDA and the order of batches."""
     deterministic: bool = False
     """On a GPU: only kernels that give the same bits each time, at some cost in speed (on a CPU all of them do)."""
     log_every: int = 10
@@ -134,7 +135,7 @@ _VALIDATOR = pydantic.TypeAdapter(RunConfig)
 
 
 def read_config(path: str | Path) -> RunConfig:
-    """Read a TOML file. Raises ConfigError (or the settings' own error) that names the file and the field."""
+    """Read a TOML file. Raises ConfigError that names the file and the field."""
     return parse_config(read_toml(path), path)
 
 

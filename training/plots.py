@@ -28,7 +28,7 @@ Draw = Callable[["Axes"], None]
 # Okabe & Ito's palette, told apart also by colour-blind readers; with a marker each, by anybody without colours too.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D1F", "#6E6E6E")
 _MARKERS = "os^Dv<>p"
-_LINES = ("-", "--", ":", "-.")  # one more than eight runs begin the colours anew, dashed
+_LINES = ("-", "--", ":", "-.")  # the ninth run begins the colours anew, dashed
 _INK = "#010203"  # stands for the colour of text, which a page decides
 
 

@@ -98,8 +98,7 @@ def use_determinism(wanted: bool) -> None:
 def choose_compute(settings: TrainConfig) -> Compute:
     """Resolve `device` and `precision` where they are "auto".
 
-    Raises ConfigError if a GPU is asked for and there is none,
-    bf16 on a GPU without it, or CUDA graphs without a GPU.
+    Raises ConfigError if a GPU is asked for and there is none, bf16 on a GPU without it, or CUDA graphs without a GPU.
     """
     has_cuda = torch.cuda.is_available()
     if settings.device == "cuda" and not has_cuda:

@@ -69,10 +69,13 @@ class RunFolder:
 
         Settings that decide nothing but where and how often something is written may differ.
         """
-        there, wanted = (flat_settings(one) for one in (read_config(self.config), config))
-        changed = [name for name in wanted if name not in _HARMLESS and there[name] != wanted[name]]
+        changed = {
+            name: there
+            for name, (there, _) in changed_settings(read_config(self.config), config).items()
+            if name not in _HARMLESS
+        }
         if changed:
-            shown = ", ".join(f"{name} (there: {there[name]!r})" for name in changed)
+            shown = ", ".join(f"{name} (there: {there!r})" for name, there in changed.items())
             raise ConfigError(f"--resume: {self.path} was run with other settings: {shown}; give those, or --overwrite")
 
     def is_complete(self) -> bool:
@@ -106,11 +109,16 @@ class RunFolder:
         finally:
             shutil.rmtree(new, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
-        if config.train.tensorboard:
-            self._board = _open_board(self.path / "tensorboard")
+
+    def open_board(self, step: int) -> None:
+        """From now on `log` writes for TensorBoard as well; of what is there, events after `step` are hidden."""
+        if self.writes:
+            from torch.utils.tensorboard import SummaryWriter  # there if `check_board` passed
+
+            self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1 if step else None)
 
     def log(self, **values: Any) -> None:
-        """Append a line to metrics.jsonl."""
+        """Append a line to metrics.jsonl, and to TensorBoard's events if they are open."""
         if not self.writes:
             return
         with self.metrics.open("a", encoding="utf-8") as file:
@@ -152,16 +160,20 @@ class RunFolder:
         return tuple(names)
 
 
-def flat_settings(config: RunConfig) -> dict[str, Any]:
-    """Settings by dotted name."""
+def changed_settings(there: RunConfig, wanted: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """The settings in which two runs differ, by dotted name: the value there and the wanted one."""
 
-    def flat(nested: dict[str, Any], above: str) -> dict[str, Any]:
-        found = {}
-        for name, value in nested.items():
-            found |= flat(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}
+    def flat(section: Any, above: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for field in dataclasses.fields(section):
+            value = getattr(section, field.name)
+            found |= (
+                flat(value, f"{above}{field.name}.") if dataclasses.is_dataclass(value) else {above + field.name: value}
+            )
         return found
 
-    return flat(dataclasses.asdict(config), "")
+    old, new = flat(there, ""), flat(wanted, "")
+    return {name: (old[name], new[name]) for name in new if old[name] != new[name]}
 
 
 def check_board() -> None:
@@ -170,12 +182,6 @@ def check_board() -> None:
         raise ConfigError("train.tensorboard needs the extra: pip install -e '.[tensorboard]'")
 
 
-def _open_board(path: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # there if `check_board` passed
-
-    return SummaryWriter(str(path))
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl."""
+    """The lines of a metrics.jsonl. Raises ValueError if one is not JSON."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -22,6 +22,7 @@ def predict(model: nn.Module, batches: Iterable[Batch], rows: int, compute: Comp
 
     Batches come sorted by length, so each row is put back where it belongs; a row that is in none of them stays 0, so
     that the parts which several processes computed can be summed. Dropout is off; the model's mode is restored.
+    Raises ConfigError if a logit is not finite.
     """
     was_training = model.training
     model.eval()

@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from data.errors import DataError
-from data.sources import AG_NEWS_LABELS, DataConfig, load_source
+from data.sources import AG_NEWS_LABELS, DataConfig, load_source, read_unlabelled
 
 
 def write(path, text):
@@ -146,6 +146,16 @@ def test_whole_numbers_are_the_same_class_however_they_are_stored(tmp_path):
     rows = "".join(f'{{"label": {label}, "text": "text {i}"}}\n' for i, label in enumerate([1, 1.0, '"1"', 2] * 5))
     text = load(write(tmp_path / "a.jsonl", rows))
     assert text.label_names == ("1", "2") and text.train.labels.count(0) > text.train.labels.count(1)
+
+
+@pytest.mark.parametrize("gap", ['"id": null', '"id": ""', '"id": NaN', '"other": 1'])
+def test_an_id_that_is_missing_is_named(tmp_path, gap):
+    path = tmp_path / "a.jsonl"
+    write(path, '{"id": 7, "text": "one"}\n{"text": "two", ' + gap + "}\n")
+    with pytest.raises(DataError, match=r"a.jsonl, row 2: the ID in 'id' is empty; fill it in"):
+        read_unlabelled(path)
+    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"id": 7, "text": "two"}\n')
+    assert read_unlabelled(tmp_path / "b.jsonl") == (["0", "1"], ["one", "two"])
 
 
 @pytest.mark.parametrize(

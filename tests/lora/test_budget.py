@@ -60,6 +60,11 @@ def test_the_largest_rank_fits_and_the_next_does_not(size, head, targets):
     assert adapter_parameters(shape, targets, rank + 1) + fixed > budget
 
 
+def test_no_target_is_no_answer():
+    with pytest.raises(ValueError, match="no target"):
+        largest_rank(SHAPES["roberta-base"], (), 4, 1_000_000)
+
+
 def test_command_prints_the_reference_figures(capsys):
     assert main(["roberta-base", "--rank", "6", "--targets", "query", "key", "value", "--labels", "4"]) == 0
     out = capsys.readouterr().out

@@ -140,6 +140,7 @@ def test_a_second_injection_is_refused():
         ({"alpha_pattern": {"query": -1}}, "alpha_pattern 'query' is -1"),
         ({"target_modules": ()}, "target_modules is empty"),
         ({"target_modules": ".*query", "layers_to_transform": (1,)}, "layers_to_transform"),
+        ({"layers_to_transform": ()}, "layers_to_transform is empty"),
     ],
 )
 def test_settings_out_of_range_are_refused(fields, says):

@@ -85,3 +85,11 @@ def test_any_shape_and_type(shape, dtype):
     x = torch.ones(shape, dtype=dtype)
     y = Dropout(0.5)(x)
     assert y.shape == x.shape and y.dtype == dtype
+
+
+@pytest.mark.parametrize("p", [0.999_999, 1.0])
+def test_a_probability_that_rounds_to_one_drops_almost_everything(p):
+    x = torch.ones(10, requires_grad=True)
+    y = Dropout(p).train()(x)
+    y.sum().backward()
+    assert y.isfinite().all() and (y == 0).sum() >= 9 and x.grad.isfinite().all()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from lora.adapter import load_adapter, read_adapter_config, save_adapter
 from lora.config import LoRAConfig, LoRAError
-from lora.inject import inject_lora
+from lora.inject import inject_lora, merge_lora
 from tests.parity.oracle import (
     adapted_pair,
     assert_close,
@@ -28,6 +28,9 @@ CONFIGS = {
     ),
     "regex": LoRAConfig(rank=2, target_modules=r".*layer\.1.*(value|output\.dense)"),
     "one layer": LoRAConfig(rank=2, layers_to_transform=(1,)),
+    "one layer, a larger rank for another": LoRAConfig(
+        rank=2, layers_to_transform=(1,), rank_pattern={"layer.0.attention.self.query": 9}
+    ),
     "patterns": LoRAConfig(rank=4, rank_pattern={"query": 2}, alpha_pattern={"layer.1.attention.self.value": 3.0}),
     "biases of adapted layers": LoRAConfig(rank=2, bias="lora_only", target_modules=("query", "output.dense")),
     "all biases": LoRAConfig(rank=2, bias="all"),
@@ -166,6 +169,16 @@ def test_a_broken_weight_file_is_an_error_that_names_it(saved, content):
     (folder / "adapter_model.safetensors").write_bytes(content)
     with pytest.raises(LoRAError, match=r"adapter_model.safetensors: not a whole safetensors file"):
         load_adapter(model, folder)
+
+
+def test_nothing_is_loaded_into_merged_adapters(saved):
+    model, folder = saved
+    load_adapter(model, folder)
+    merge_lora(model)
+    before = ours_logits(model)
+    with pytest.raises(RuntimeError, match="merged; unmerge them"):
+        load_adapter(model, folder)
+    assert torch.equal(ours_logits(model), before)
 
 
 def test_a_truncated_weight_file_is_an_error(saved):

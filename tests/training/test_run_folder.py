@@ -2,8 +2,10 @@
 
 import pytest
 
+from lora.config import LoRAConfig
 from training import run_folder as module
 from training.config import RunConfig, read_config
+from training.errors import ConfigError
 from training.run_folder import RunFolder
 
 
@@ -44,3 +46,19 @@ def test_what_a_killed_process_left_is_cleared(tmp_path):
     folder.create(RunConfig(output="mine"), ("a", "b"), replace=False)
     assert read_config(folder.config).output == "mine" and folder.read_labels() == ("a", "b")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("there", "wanted"),
+    [
+        (LoRAConfig(), LoRAConfig(rank_pattern={"query": 4})),
+        (LoRAConfig(rank_pattern={"query": 4}), LoRAConfig()),
+        (LoRAConfig(rank_pattern={"query": 4}), LoRAConfig(rank_pattern={"key": 4})),
+    ],
+)
+def test_another_pattern_of_ranks_is_another_run(tmp_path, there, wanted):
+    folder = RunFolder(tmp_path / "run")
+    folder.create(RunConfig(lora=there), ("a", "b"), replace=False)
+    folder.check_same_run(RunConfig(lora=there, output="elsewhere"))
+    with pytest.raises(ConfigError, match=r"other settings: lora.rank_pattern \(there: \{.*\}\); give those"):
+        folder.check_same_run(RunConfig(lora=wanted))
