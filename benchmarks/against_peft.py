@@ -4,8 +4,9 @@
     python -m benchmarks.against_peft --json benchmarks/results/cpu.json
 
 Both sides run in this process by turns, A B A B, after warm-up; what counts is the ratio of each pair (theirs over
-ours for times, so that more is better), as median and range. Peak memory and the time to the first step are taken in
-a process for each side. Absolute times belong to this machine and this minute.
+ours, so that more is better), as median and range. Peak memory and the time to the first step are taken in a process
+for each side, and there it is ours over theirs, so that less is better. Absolute times belong to this machine and
+this minute.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ class Ratio:
     unit: str
     ratios: list[float]
     more: str = ""
+    """What the printed line ends with."""
 
     def line(self) -> str:
         """For a terminal."""
@@ -377,13 +379,13 @@ def _first_step(command: list[str], mark: str, root: Path, folder: str) -> float
     process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         if mark == "step ":
-            while not (metrics.is_file() and metrics.stat().st_size) and process.poll() is None:
+            while not (done := metrics.is_file() and metrics.stat().st_size > 0) and process.poll() is None:
                 time.sleep(0.01)
         else:
             assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith(mark):
-                    break
+            done = any(line.startswith(mark) for line in process.stdout)
+        if not done:
+            raise RuntimeError(f"{' '.join(command)} ended before its first step")
         return time.perf_counter() - started
     finally:
         process.kill()
@@ -433,7 +435,8 @@ def main(arguments: Arguments) -> int:
     compute = choose_compute(TrainConfig(device=arguments.device))
     torch.manual_seed(0)
     started = time.perf_counter()
-    machine = f"{processor()}, {compute.describe()}, {date.today().isoformat()}, {theirs.versions()}"
+    where = compute.describe() if compute.device.type == "cuda" else f"{processor()}, {compute.describe()}"
+    machine = f"{where}, {date.today().isoformat()}, {theirs.versions()}"
     print(f"{machine}\n\n{'':<60}  ratio, median and range of the pairs   ours against theirs", flush=True)
     found: list[Ratio] = []
     for measure in (gpu_set if arguments.device == "cuda" else cpu_set)(arguments, compute):
@@ -451,9 +454,7 @@ def main(arguments: Arguments) -> int:
 
 
 def processor() -> str:
-    """What the machine calls its processor or GPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    """What the machine calls its processor."""
     try:
         model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:

@@ -116,6 +116,7 @@ class PackedLoRALinear(nn.Module):
 
     The same numbers as three separate `LoRALinear` layers give, with one difference: the blocks share one dropout
     mask on x, where separate layers would draw one each. Every single block's distribution is unchanged.
+    Every block has a bias, and all adapted blocks the same dropout probability.
     """
 
     def __init__(self, packed: nn.Module) -> None:
@@ -125,14 +126,14 @@ class PackedLoRALinear(nn.Module):
             self.add_module(name, packed.get_submodule(name))
 
     def forward(self, x: Tensor, blocks: tuple[str, ...] | None = None) -> Tensor:
-        """(..., in) -> (..., sum of the blocks' out), of the named blocks in the order given; of all by default."""
+        """(batch, ..., in) -> (batch, ..., sum of the blocks' out): the named blocks in the order given, or all."""
         modules = [self.get_submodule(name) for name in blocks or self.packed_blocks]
         bases = [module.base if isinstance(module, LoRALinear) else module for module in modules]
         shape, x = x.shape[:-1], x.flatten(0, -2)  # (tokens, in): the product is then no view, and can be added to
         y = linear(x, torch.cat([base.weight for base in bases]), torch.cat([base.bias for base in bases]))
         adapted = [module for module in modules if isinstance(module, LoRALinear) and not module.merged]
         if not adapted:
-            return y.view(*shape, -1)
+            return y.view(*shape, y.shape[-1])
         stacked_A = torch.cat([module.lora_A for module in adapted])  # (sum r, in)
         # Block-diagonal (sum out, sum r); a block without an update contributes rows but no columns.
         stacked_B = torch.block_diag(
@@ -143,4 +144,4 @@ class PackedLoRALinear(nn.Module):
         )
         low = F.linear(adapted[0].dropout(x), stacked_A.to(x.dtype))  # (tokens, sum r)
         # Into y itself, which no gradient needs: one pass over it less than a sum.
-        return y.addmm_(low.to(y.dtype), stacked_B.to(y.dtype).T).view(*shape, -1)
+        return y.addmm_(low.to(y.dtype), stacked_B.to(y.dtype).T).view(*shape, y.shape[-1])

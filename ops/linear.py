@@ -56,13 +56,17 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(..., in), (out, in) and (out,) -> (..., out)."""
+    """x W^T + b: (..., in), (out, in) and (out,) -> (..., out).
+
+    By oneDNN there is a first derivative only; a second raises RuntimeError.
+    """
     by_onednn = (
         _ONEDNN is not None
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()  # the compiler chooses for itself, and takes no such call from outside
+        and x.dim() > 1
         and x.numel() > 0
     )
     if not by_onednn:

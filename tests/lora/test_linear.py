@@ -109,6 +109,14 @@ def test_packed_gradients_are_those_of_separate_layers(adapted):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_packed_layer_takes_an_empty_batch(merged):
+    layer = packed({"query": (2, 8.0)})
+    if merged:
+        layer.get_submodule("query").merge()
+    assert layer(torch.empty(0, 3, 6, dtype=torch.float64)).shape == (0, 3, 13)
+
+
 def test_packed_layer_without_an_unmerged_adapter_is_the_plain_product():
     layer = packed({"query": (2, 8.0), "value": (3, 8.0)})
     x = torch.randn(2, 6, dtype=torch.float64)
