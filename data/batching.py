@@ -8,6 +8,7 @@ short news in random batches of 32, half of all tokens would be padding.
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -148,25 +149,26 @@ def _write_cache(texts: Sequence[str], tokenizer: Tokenizer, description: str, p
     if not sys.stderr.isatty():  # in a pipe or CI a bar is noise
         datasets.disable_progress_bars()
     columns = {"input_ids": datasets.Sequence(datasets.Value("int32")), "cut": datasets.Value("bool")}
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".part-") as temporary:
-        part = Path(temporary, path.name)
-        try:
-            datasets.Dataset.from_dict({"text": list(texts)}).map(
-                encode,
-                batched=True,
-                batch_size=1000,
-                remove_columns=["text"],
-                features=datasets.Features(columns),
-                cache_file_name=str(part),
-                new_fingerprint=path.stem,
-                desc=description,
-            )
-        except ValueError as error:
-            # After a failed write `datasets` closes its file a second time, and that hides why.
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
-        part.replace(path)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=".part-"))
+    try:
+        datasets.Dataset.from_dict({"text": list(texts)}).map(
+            encode,
+            batched=True,
+            batch_size=1000,
+            remove_columns=["text"],
+            features=datasets.Features(columns),
+            cache_file_name=str(temporary / path.name),
+            new_fingerprint=path.stem,
+            desc=description,
+        )
+        (temporary / path.name).replace(path)
+    except ValueError as error:
+        # After a failed write `datasets` closes its file a second time, and that hides why.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def bucketed_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
