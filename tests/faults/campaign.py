@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import re
 import shutil
@@ -91,28 +92,23 @@ class Campaign:
     def _mount(self, *options: str) -> None:
         subprocess.run(["mount", *options, self.disk], check=True)
 
-    def arguments(self) -> list[object]:
-        return [self._config, *OPTIONS, "--output", self.output]
-
     def run(self, at: int = -1, strike: Callable[[str], None] = die, prepare: Callable = lambda _: None) -> Ended:
         def prepared(moments: Moments) -> None:
             os.environ["LORABERTA_CACHE"] = str(self.disk / "cache")
             prepare(moments)
 
-        return run_forked(self.arguments(), at, strike, prepared)
+        return run_forked([self._config, *OPTIONS, "--output", self.output], at, strike, prepared)
 
     def watch_disk(self, moments: Moments) -> None:
         """Make an event of all that writes to the disk of the runs."""
 
         def audit(event: str, values: tuple) -> None:
-            writes = event in ("os.mkdir", "os.rename", "os.truncate") or (
-                event == "open" and (values[2] or 0) & (os.O_WRONLY | os.O_RDWR)
-            )
-            if writes and str(values[0]).startswith(str(self.disk)):
-                kind = re.sub(
-                    r"^(tmp|step-|\.part-).*", r"\1", Path(values[0]).name
-                )  # the rest differs from run to run
-                moments(f"{event} {kind}")
+            to_write = event == "open" and (values[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+            changes = to_write or event in ("os.mkdir", "os.rename", "os.truncate")
+            if changes and str(values[0]).startswith(str(self.disk)):
+                name = Path(values[0]).name
+                beginning = re.match(r"tmp|step-|\.part-", name)  # what follows these differs from run to run
+                moments(f"{event} {beginning[0] if beginning else name}")
 
         sys.addaudithook(audit)
         moments.watch(checkpoint, "save_file")  # not written by Python
@@ -123,10 +119,10 @@ class Campaign:
         for number, name in enumerate(self.whole.events):
             if wanted(name):
                 kinds.setdefault(name, []).append(number)
-        chosen = set()
-        for numbers in kinds.values():
-            chosen |= {numbers[round(i * (len(numbers) - 1) / max(1, each - 1))] for i in range(each)}
-        return sorted(chosen)
+        chosen = (
+            numbers[round(i * (len(numbers) - 1) / (each - 1))] for numbers in kinds.values() for i in range(each)
+        )
+        return sorted(set(chosen))
 
     def trial(
         self,
@@ -174,7 +170,7 @@ class Campaign:
             with contextlib.suppress(OSError), self._filler.open("ab", buffering=0) as file:
                 while file.write(bytes(4096)):
                     pass
-        elif event.startswith(("open", "os.mkdir", "save_file", "fsync")):
+        elif is_write(event) or event == "fsync":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), event)
 
     def forbid(self, _event: str = "") -> None:
@@ -223,8 +219,11 @@ class Campaign:
                 die("")
 
         def both(name: str, act: Callable[[int], None] = lambda _: None) -> tuple[list[int], list[tuple]]:
-            arguments = [*self.arguments()[:-1], self.disk / name]
-            return forks(2, lambda _: run_train(arguments, double=False, act=act), self.disk.parent / "seen")
+            def work(_rank: int) -> tuple[int, dict]:
+                os.environ["LORABERTA_CACHE"] = str(self.disk / "cache")
+                return run_train([self._config, *OPTIONS, "--output", self.disk / name], double=False, act=act)
+
+            return forks(2, work, self.disk.parent / "seen")
 
         if not (self.disk / "both").exists():
             codes, _ = both("both")
@@ -247,75 +246,74 @@ class Campaign:
 
     def faults(self) -> Iterator[Fault]:
         """The rows."""
-        anything, saving = self.moments(3), [i for i, name in enumerate(self.whole.events) if name == "save_file"]
-        writes = self.moments(10**3, lambda name: name.startswith(("open", "os.mkdir", "save_file")))
-        tmpfs = "a tmpfs" if self.mounted else "simulated"
-        late = saving[-2] - 4  # a few steps after a checkpoint in the second epoch
+        anything = self.moments(3)
+        late = max(i for i, name in enumerate(self.whole.events) if name == "log") - 8  # in the second epoch
 
         yield Fault("killed (SIGKILL) in each phase", "real", [lambda at=at: self.trial(at) for at in anything])
 
+        writes = [i for i, name in enumerate(self.whole.events) if is_write(name)]
         full = [lambda at=at: self.trial(at, self.fill, says="the disk is full") for at in writes]
-        yield Fault("disk full at each write", tmpfs, full)
+        yield Fault("disk full at each write", "a tmpfs" if self.mounted else "simulated", full)
 
-        forbidden: list[Callable[[], Trial]] = []
-        if self.mounted or os.geteuid():
-            forbidden = [lambda: self.trial(0, self.forbid, says="can't be written")]
-            forbidden += [
-                lambda at=at: self.trial(at, self.forbid, says="can't be written")
-                for at in self.moments(2, lambda name: name.startswith(("open", "os.mkdir", "save_file")))
-            ]
-        how = f"{tmpfs}, remounted" if self.mounted else "permissions"
-        yield Fault(
-            "folder read-only, or turned so", how if forbidden else "root may write anywhere, and not mount", forbidden
-        )
+        how, moments = "tmpfs, remounted" if self.mounted else "permissions", [0, *self.moments(2, is_write)]
+        forbidden = [lambda at=at: self.trial(at, self.forbid, says="can't be written") for at in moments]
+        if not self.mounted and os.geteuid() == 0:
+            how, forbidden = "root may write anywhere, and not mount here", []
+        yield Fault("folder read-only, or turned so", how, forbidden)
 
-        def no_memory(kind: int) -> Callable[[str], None]:
-            def strike(_event: str) -> None:
-                if kind == 0:
-                    torch.empty(1 << 60, dtype=torch.uint8)  # torch's own error
-                raise (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))[
-                    kind - 1
-                ]
-
-            return strike
-
+        starve = (no_cpu_memory, no_python_memory, no_gpu_memory)
         starved = [
-            lambda at=at, kind=i % 3: self.trial(at, no_memory(kind), says="memory; free some")
+            lambda at=at, strike=starve[i % 3]: self.trial(at, strike, says="memory; free some")
             for i, at in enumerate(self.moments(2))
         ]
         yield Fault("out of memory", "simulated", starved)
 
-        def backwards(_moments: Moments) -> None:
-            real = time.time
-            looks = iter(range(1, 10**9))
-            time.time = lambda: real() - 86_400 * next(looks)
+        back = [lambda at=at: self.trial(at, die, clock_backwards, self.of_next_year) for at in anything[::6]]
+        yield Fault("clock set back, then killed", "simulated", back)
 
+        damaged = [
+            lambda kind=kind, file=file: self.trial(late, between=self.damage(kind, file))
+            for kind in ("flip", "cut", "gone")
+            for file in (*checkpoint._FILES, "sha256.json")
+        ]
+        yield Fault("newest checkpoint damaged", "real", damaged, allowed=2 * EVERY)
+
+        pairs = [(rank, step) for rank in (0, 1) for step in (6, 10, 20)]
         yield Fault(
-            "clock set back, then killed",
-            "simulated",
-            [lambda at=at: self.trial(at, prepare=backwards, between=self.of_next_year) for at in anything[::6]],
-        )
-        yield Fault(
-            "newest checkpoint damaged",
-            "real",
-            [
-                lambda kind=kind, file=file: self.trial(late, between=self.damage(kind, file))
-                for kind in ("flip", "cut", "gone")
-                for file in (*checkpoint._FILES, "sha256.json")
-            ],
-            allowed=2 * EVERY,
-        )
-        yield Fault(
-            "one of two processes killed",
-            "real",
-            [lambda rank=rank, step=step: self.lose_process(rank, step) for rank in (0, 1) for step in (6, 10, 20)],
+            "one of two processes killed", "real", [lambda pair=pair: self.lose_process(*pair) for pair in pairs]
         )
 
 
-def table(faults: Iterator[Fault], words: list[str]) -> int:
-    """Try the faults, print what came of them, and return how many runs were lost, or lost too much."""
-    print(f"{'fault':<32}{'by':<22}{'tried':>6}{'survived':>10}{'most steps lost':>17}{'allowed':>9}", flush=True)
-    lost = 0
+def is_write(event: str) -> bool:
+    """Whether an event needs room on the disk."""
+    return event.startswith(("open", "os.mkdir", "save_file"))
+
+
+def no_cpu_memory(_event: str) -> None:
+    """Ask for so much that torch itself refuses."""
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def no_python_memory(_event: str) -> None:
+    """As Python says it."""
+    raise MemoryError
+
+
+def no_gpu_memory(_event: str) -> None:
+    """As CUDA says it."""
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def clock_backwards(_moments: Moments) -> None:
+    """From now on each look at the clock finds it a day earlier."""
+    days, real = itertools.count(), time.time
+    time.time = lambda: real() - 86_400 * next(days)
+
+
+def table(faults: Iterator[Fault], words: list[str]) -> tuple[int, int]:
+    """Try the faults and print what came of them: (runs tried, runs that are lost or lost too much)."""
+    print(f"{'fault':<32}{'by':<18}{'tried':>6}{'survived':>10}{'most steps lost':>17}{'allowed':>9}", flush=True)
+    tried = lost = 0
     for fault in faults:
         if words and not any(word in fault.name for word in words):
             continue
@@ -324,17 +322,17 @@ def table(faults: Iterator[Fault], words: list[str]) -> int:
             continue
         trials = [one() for one in fault.trials]
         bad = [one for one in trials if one.problem or one.lost > fault.allowed]
-        lost += len(bad)
+        tried, lost = tried + len(trials), lost + len(bad)
         survived, worst = len(trials) - len(bad), max(one.lost for one in trials)
-        print(f"{fault.name:<32}{fault.how:<22}{len(trials):>6}{survived:>10}{worst:>17}{fault.allowed:>9}")
+        print(f"{fault.name:<32}{fault.how:<18}{len(trials):>6}{survived:>10}{worst:>17}{fault.allowed:>9}")
         for one in bad:
             print(f"    LOST, {one.lost} steps: {one.problem}")
         sys.stdout.flush()  # what is left in the buffer would be printed by each fork too
-    return lost
+    return tried, lost
 
 
 def main(words: list[str]) -> int:
-    """Run the campaign; 1 if anything was lost that need not be."""
+    """Run the campaign; 1 if anything was lost that need not be, or nothing tried."""
     mounted = OWN_MOUNTS in os.environ
     with tempfile.TemporaryDirectory(prefix="loraberta-faults-") as folder:
         alone = ["unshare", "--user", "--map-root-user", "--mount"]
@@ -348,11 +346,11 @@ def main(words: list[str]) -> int:
         campaign = Campaign(Path(folder), mounted)
         try:
             print(f"a run of {campaign.whole.steps} steps, a checkpoint every {EVERY} and after each epoch\n")
-            lost = table(campaign.faults(), words)
+            tried, lost = table(campaign.faults(), words)
         finally:
             campaign.close()
-    print(f"\n{lost} runs lost; {time.perf_counter() - started:.0f} s")
-    return 1 if lost else 0
+    print(f"\n{tried} runs tried, {lost} lost; {time.perf_counter() - started:.0f} s")
+    return 1 if lost or not tried else 0
 
 
 if __name__ == "__main__":
