@@ -134,7 +134,7 @@ def test_a_signal_writes_a_checkpoint_first(command, whole, tmp_path, monkeypatc
 def test_a_second_signal_stops_at_once_unless_it_may_be_the_first_passed_on(command, tmp_path, monkeypatch, torchrun):
     real, steps = train_module.train_step, []
     monkeypatch.setattr(signal, "getsignal", lambda _number: signal.default_int_handler)
-    if torchrun:  # of one process: the terminal and torchrun's agent both send it SIGINT
+    if torchrun:  # of one process: whoever ends the job signals it, and torchrun passes the signal on
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
 
     def interrupting(*arguments):

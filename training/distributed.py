@@ -68,7 +68,7 @@ class World:
 
     @property
     def hears_signals_twice(self) -> bool:
-        """Whether torchrun passes on a Ctrl-C that this process has got from the terminal already."""
+        """Whether torchrun passes on a signal that this process may have got already: schedulers signal them all."""
         return self.size > 1 or "TORCHELASTIC_RUN_ID" in os.environ
 
     def take_gpu(self, device: str) -> None:
