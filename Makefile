@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train table test proofs fuzz bench bench-scaling lint clean
+.PHONY: help setup train table test proofs fuzz faults bench bench-scaling lint clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -38,6 +38,9 @@ proofs: $(VENV)/.installed-dev ## print one table: how far from peft and transfo
 
 fuzz: $(VENV)/.installed-dev ## give every reader 100,000 broken files (FILES=...)
 	LORABERTA_FUZZ=$(FILES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -n 2 tests/fuzz $(ARGS)
+
+faults: $(VENV)/.installed-dev ## break runs (disk, memory, clock, kill, damage), resume them, print what was lost
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m tests.faults.campaign $(ARGS)
 
 bench: $(VENV)/.installed-dev ## compare with peft + transformers side by side: ARGS="--device cuda --json out.json"
 	@$(BIN)/python -m benchmarks.against_peft $(ARGS)

@@ -318,7 +318,7 @@ def train(config: RunConfig, world: World = ALONE) -> int:
     def on_signal(number: int, _frame: object) -> None:
         nonlocal stop_signal
         stop_signal = number
-        if world.size == 1:  # torchrun passes on a Ctrl-C that each process has got already
+        if not world.hears_signals_twice:
             signal.signal(number, previous_handlers[number])  # a second one stops at once
             say("stopping after this step, with a checkpoint; once more stops at once")
 

@@ -8,7 +8,9 @@ short news in random batches of 32, half of all tokens would be padding.
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +137,7 @@ def _read_arrow(path: Path) -> pa.Table:
 
 
 def _write_cache(texts: Sequence[str], tokenizer: Tokenizer, description: str, path: Path) -> None:
-    """Tokenize with a progress bar; `datasets` writes aside and renames, so the file is there whole or not at all."""
+    """Tokenize with a progress bar into a file that is there whole or not at all. Raises OSError if it can't be."""
     import datasets  # takes a second to import, and is wanted for this alone
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,16 +149,26 @@ def _write_cache(texts: Sequence[str], tokenizer: Tokenizer, description: str, p
     if not sys.stderr.isatty():  # in a pipe or CI a bar is noise
         datasets.disable_progress_bars()
     columns = {"input_ids": datasets.Sequence(datasets.Value("int32")), "cut": datasets.Value("bool")}
-    datasets.Dataset.from_dict({"text": list(texts)}).map(
-        encode,
-        batched=True,
-        batch_size=1000,
-        remove_columns=["text"],
-        features=datasets.Features(columns),
-        cache_file_name=str(path),
-        new_fingerprint=path.stem,
-        desc=description,
-    )
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=".part-"))
+    try:
+        datasets.Dataset.from_dict({"text": list(texts)}).map(
+            encode,
+            batched=True,
+            batch_size=1000,
+            remove_columns=["text"],
+            features=datasets.Features(columns),
+            cache_file_name=str(temporary / path.name),
+            new_fingerprint=path.stem,
+            desc=description,
+        )
+        (temporary / path.name).replace(path)
+    except ValueError as error:
+        # After a failed write `datasets` closes its file a second time, and that hides why.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def bucketed_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:

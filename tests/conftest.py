@@ -51,9 +51,13 @@ def tiny_tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A checkpoint folder of a random two-layer encoder, without a head."""
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny-roberta"))
+
+
+def write_tiny_checkpoint(folder: Path) -> Path:
+    """Write what `tiny_checkpoint` is into an empty folder."""
     from safetensors.torch import load_file, save_file
 
-    folder = tmp_path_factory.mktemp("tiny-roberta")
     torch.manual_seed(0)
     config = RobertaConfig(
         vocab_size=24,
@@ -94,15 +98,25 @@ def tiny_rows(count: int, seed: int = 0) -> list[tuple[str, str]]:
 @pytest.fixture
 def tiny_data(tmp_path) -> Path:
     """A folder with train.csv (96 rows) and test.csv (40 rows): label,text."""
+    return write_tiny_data(tmp_path)
+
+
+def write_tiny_data(folder: Path) -> Path:
+    """Write what `tiny_data` is into a folder."""
     for name, count, seed in (("train", 96, 0), ("test", 40, 1)):
         lines = ["label,text", *(f"{label},{text}" for label, text in tiny_rows(count, seed))]
-        (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return tmp_path
+        (folder / f"{name}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
 
 
 @pytest.fixture
 def tiny_config(tiny_checkpoint, tiny_data) -> Path:
     """Settings of a run on the two: learnt in three epochs."""
+    return write_tiny_config(tiny_checkpoint, tiny_data)
+
+
+def write_tiny_config(tiny_checkpoint: Path, tiny_data: Path) -> Path:
+    """Write what `tiny_config` is into the folder of the data."""
     path = tiny_data / "tiny.toml"
     path.write_text(
         f"""

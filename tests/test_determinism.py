@@ -16,7 +16,8 @@ from data.sources import Split
 from roberta.tokenizer import TextTokenizer
 from tests import golden
 from tests.conftest import tiny_rows, tiny_tokenizer
-from tests.test_resume import OPTIONS, outcome
+from tests.forked import outcome
+from tests.test_resume import OPTIONS
 from train import train
 from training.config import parse_command_line
 from training.errors import ConfigError

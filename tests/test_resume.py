@@ -5,26 +5,24 @@ stopping. A killed run is a real process, a fork of this one, that gets SIGKILL 
 step, a batch of an evaluation, a logged line, a flush or a rename of a file.
 """
 
-import json
 import os
 import random
 import re
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import train as train_module
-from data import batching
+from data.assets import cache_directory
+from tests.forked import outcome, run_forked
 from train import train
 from training import checkpoint
 from training.command_line import EXIT_BAD_INPUT, run_command
 from training.config import parse_command_line
-from training.run_folder import RunFolder
 
 OPTIONS = """
 --data.augmentation.n-aug 1 --train.accumulation-steps 2 --train.batch-size 7 --train.epochs 7 --train.patience 2
@@ -51,68 +49,11 @@ def warm():
     return datasets, matplotlib, sklearn.metrics
 
 
-class Killer:
-    """Counts events; before number `kill_at` the process is killed."""
-
-    def __init__(self, kill_at):
-        self.kill_at, self.events = kill_at, []
-
-    def __call__(self, name):
-        if len(self.events) == self.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.events.append(name)
-
-    def watch(self, owner, attribute, name):
-        real = getattr(owner, attribute)
-
-        def watched(*arguments, **options):
-            self(name)
-            return real(*arguments, **options)
-
-        setattr(owner, attribute, watched)
-
-
 def in_a_fork(arguments, kill_at=-1):
-    """Run train.py's command in a fork: (wait status, names of the events if it lived)."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        code = 99
-        try:
-            killer = Killer(kill_at)
-            # Drawing takes longer than the training, and is not resumed but done again.
-            train_module.draw_plots = train_module.write_html_report = lambda folder: None
-            for owner, attribute in (
-                (train_module, "train_step"),
-                (batching, "collate"),
-                (RunFolder, "log"),
-                (os, "fsync"),
-                (Path, "rename"),
-                (Path, "replace"),
-            ):
-                killer.watch(owner, attribute, attribute)
-            code = run_command(lambda: train(parse_command_line([str(one) for one in arguments])))
-            os.write(write, json.dumps(killer.events).encode())
-        finally:
-            os._exit(code)
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        events = pipe.read()
-    _, status = os.waitpid(pid, 0)
-    return status, json.loads(events or "[]")
-
-
-def outcome(folder):
-    """All that a run leaves behind, but for times, memory and the name of its folder."""
-    report = json.loads((folder / "report.json").read_text())
-    for name in ("train_seconds", "seconds", "peak_memory_bytes", "test_texts_per_second"):
-        del report[name]
-    for name in ("output", "resume", "overwrite"):
-        del report["config"][name]
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        line.pop("tokens_per_second", None)
-    return report, lines, (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    """Run train.py's command in a fork that is killed before event `kill_at`: (exit code, names of the events)."""
+    shutil.rmtree(cache_directory() / "tokenized", ignore_errors=True)  # so that each run has the same events
+    ended = run_forked(arguments, kill_at)
+    return ended.code, ended.events
 
 
 @pytest.fixture
@@ -153,7 +94,7 @@ def test_a_run_killed_anywhere_and_resumed_is_the_run_never_interrupted(command,
     for moment in moments:
         shutil.rmtree(tmp_path / "cut", ignore_errors=True)
         status, _ = in_a_fork(command("cut", "--resume"), kill_at=moment)
-        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        assert status == -signal.SIGKILL
         status, _ = in_a_fork(command("cut", "--resume"))
         assert status == 0, f"killed before event {moment}, {events[moment]}"
         assert outcome(tmp_path / "cut") == expected, f"killed before event {moment}, {events[moment]}"
@@ -165,7 +106,7 @@ def test_a_run_killed_several_times_is_the_same_run(command, whole, tmp_path):
     kills = 0
     for moment in (len(events) // 4, len(events) // 3, 5, len(events) // 4, len(events) // 2):
         status, _ = in_a_fork(command("cut", "--resume"), kill_at=moment)
-        kills += os.WIFSIGNALED(status)
+        kills += status == -signal.SIGKILL
     assert kills >= 4
     assert in_a_fork(command("cut", "--resume"))[0] == 0
     assert outcome(tmp_path / "cut") == expected
@@ -189,6 +130,27 @@ def test_a_signal_writes_a_checkpoint_first(command, whole, tmp_path, monkeypatc
     monkeypatch.undo()
     assert in_a_fork(command("cut", "--resume"))[0] == 0
     assert outcome(tmp_path / "cut") == whole[0]
+
+
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_a_second_signal_stops_at_once_unless_it_may_be_the_first_passed_on(command, tmp_path, monkeypatch, torchrun):
+    real, steps = train_module.train_step, []
+    monkeypatch.setattr(signal, "getsignal", lambda _number: signal.default_int_handler)
+    if torchrun:  # of one process: whoever ends the job signals it, and torchrun passes the signal on
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+
+    def interrupting(*arguments):
+        steps.append(1)
+        if len(steps) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(train_module, "train_step", interrupting)
+    code = run_command(lambda: train(parse_command_line([str(one) for one in command("cut")])))
+    written = max((tmp_path / "cut" / "checkpoint").glob("step-*")).name
+    assert written == ("step-00000005" if torchrun else "step-00000003") and len(steps) == 5
+    assert code == 130
 
 
 @pytest.fixture

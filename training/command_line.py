@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 import tyro
 
 from data.errors import DataError
@@ -28,6 +29,11 @@ EXIT_BAD_INPUT = 2
 EXIT_LOST = 3
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
+# A CPU without memory is a plain RuntimeError of torch ("DefaultCPUAllocator: can't allocate memory", on Windows "not
+# enough memory"), and so is Apple's GPU ("MPS backend out of memory"). CUDA has an error of its own, but its libraries
+# have not (CUBLAS_STATUS_ALLOC_FAILED).
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+
 
 def run_command(command: Callable[[], int], world: World = ALONE) -> int:
     """Run `command`; turn the user's errors into one line on stderr and exit code 2.
@@ -39,18 +45,39 @@ def run_command(command: Callable[[], int], world: World = ALONE) -> int:
         return command()
     except (ConfigError, DataError, LoRAError, CheckpointError) as error:
         message = str(error)
-    except OSError as error:
-        # Files that are read have errors of their own, above; what is left is a place that can't be written.
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        reason = "the disk is full; free space" if full else f"{error.strerror or error}; mend that"
-        message = f"{error.filename or 'a file of the run'}: can't be written, {reason} or choose another folder"
     except LostProcessError as error:
         message, code = str(error), EXIT_LOST
+    except (MemoryError, RuntimeError, OSError) as error:
+        message = _about_memory(error) or _about_writing(error)
+        if not message:
+            raise
     except KeyboardInterrupt:
         world.report_error("interrupted")
         return EXIT_INTERRUPTED
     world.report_error(f"error: {' '.join(message.split())}")
     return code
+
+
+def _about_memory(error: Exception) -> str:
+    """The line for an error that says that memory is used up; empty for any other."""
+    of_gpu = isinstance(error, torch.OutOfMemoryError)
+    of_cpu = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    by_text = isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+    if not (of_gpu or of_cpu or by_text):
+        return ""
+    return (
+        f"out of {'GPU ' if of_gpu else ''}memory; free some (a run that it cut off then goes on with --resume), or "
+        "lower train.batch_size, train.eval_batch_size or data.max_length"
+    )
+
+
+def _about_writing(error: Exception) -> str:
+    """The line for a file that can't be written: files that are read have errors of their own."""
+    if not isinstance(error, OSError):
+        return ""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    reason = "the disk is full; free space" if full else f"{error.strerror or error}; mend that"
+    return f"{error.filename or 'a file of the run'}: can't be written, {reason} or choose another folder"
 
 
 def parse_options(kind: type[Options], arguments: list[str], *, prog: str, default: Options | None = None) -> Options:

@@ -66,6 +66,11 @@ class World:
         """Which of a list of things are this process's: number k of N takes k, k + N, k + 2N, ..."""
         return slice(self.rank, None, self.size)
 
+    @property
+    def hears_signals_twice(self) -> bool:
+        """Whether torchrun passes on a signal that this process may have got already: schedulers signal them all."""
+        return self.size > 1 or "TORCHELASTIC_RUN_ID" in os.environ
+
     def take_gpu(self, device: str) -> None:
         """Make the GPU of this process the current one, unless `device` is cpu or there is none.
 

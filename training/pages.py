@@ -5,7 +5,6 @@ What data contains is shown as text, never as markup: the templates escape it.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ def write_page(template: str, path: Path, **values: Any) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
+    part = path.with_name(f"{path.name}.part")  # one name: what a killed process left is written over
     try:
         part.write_text(text, encoding="utf-8", errors="replace")
         part.replace(path)

@@ -1,5 +1,7 @@
 """Texts to batches: nothing lost, nothing twice, padding where it belongs, tokenized once."""
 
+import resource
+
 import numpy as np
 import pytest
 import torch
@@ -129,3 +131,17 @@ def test_a_damaged_cache_is_made_anew(tokenizer, tmp_path, monkeypatch):
     for damaged in (b"", path.read_bytes()[:100], b"not arrow at all"):
         path.write_bytes(damaged)
         assert np.array_equal(encode_split(split, tokenizer).input_ids, whole.input_ids)
+
+
+def test_a_cache_that_can_not_be_written_says_why_and_leaves_nothing(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORABERTA_CACHE", str(tmp_path))
+    split = Split(["goal today", "oil"] * 2000, [0, 1] * 2000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # no file may grow above 1,000 bytes
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            encode_split(split, tokenizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not any((tmp_path / "tokenized").iterdir())
+    assert len(encode_split(split, tokenizer).labels) == 4000

@@ -49,6 +49,17 @@ def test_what_data_contains_is_shown_as_text(run_folder):
     assert "&lt;script&gt;document.title" in page and "a&lt;b&gt;" in page
 
 
+def test_names_of_classes_are_text_in_the_drawings_too(run_folder):
+    report = json.loads(run_folder.report.read_text())
+    report["label_names"] = ["<script>a&b", "</svg><b>"]
+    run_folder.report.write_text(json.dumps(report))
+    write_html_report(run_folder)
+    page = run_folder.html.read_text()
+    drawings = "".join(part.split("</svg>")[0] for part in page.split("<svg")[1:])
+    assert "&lt;script&gt;a&amp;b" in drawings and "&lt;/svg&gt;&lt;b&gt;" in drawings
+    assert "<script" not in page and "<b>" not in page
+
+
 def test_a_run_cut_off_shows_what_there_is_and_says_what_is_missing(run_folder):
     run_folder.report.unlink()
     write_html_report(run_folder)

@@ -1,0 +1,136 @@
+"""Runs of train.py's command as processes of their own, in which something goes wrong at a chosen moment.
+
+A run is a fork of this process: it starts in no time, and may be killed. The moments are what it does, one event after
+the other: an optimizer step, a batch put together, a logged line, a flush or a rename of a file.
+"""
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import train as train_module
+from data import batching
+from training.command_line import run_command
+from training.config import parse_command_line
+from training.run_folder import RunFolder
+
+
+def die(_event: str) -> None:
+    """What a power cut does to a process, or a kernel that is out of memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Moments:
+    """Counts events; before each from number `at` on, `strike` is called with its name."""
+
+    def __init__(self, report: Callable[[str], None], at: int, strike: Callable[[str], None]) -> None:
+        self.report, self.at, self.strike = report, at, strike
+        self.count, self._striking = 0, False
+
+    def __call__(self, name: str) -> None:
+        if self._striking:  # what a strike does is no event
+            return
+        self.report(name)
+        self.count += 1
+        if 0 <= self.at < self.count:
+            self._striking = True
+            try:
+                self.strike(name)
+            finally:
+                self._striking = False
+
+    def watch(self, owner: object, attribute: str) -> None:
+        """Make an event of each call."""
+        real = getattr(owner, attribute)
+
+        def watched(*arguments, **options):
+            self(attribute)
+            return real(*arguments, **options)
+
+        setattr(owner, attribute, watched)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run in a fork ended."""
+
+    code: int
+    """The exit code; the signal that ended it as a negative number."""
+    events: list[str]
+    steps: int
+    """Optimizer steps that were made."""
+    out: str
+    err: str
+
+    @property
+    def one_line(self) -> bool:
+        """Whether it gave up with one clear line."""
+        return self.code > 0 and self.err.startswith("error: ") and self.err.count("\n") == 1
+
+
+def run_forked(
+    arguments: list[object],
+    at: int = -1,
+    strike: Callable[[str], None] = die,
+    prepare: Callable[[Moments], None] = lambda _: None,
+) -> Ended:
+    """Run train.py's command with `strike` from its event number `at` on; `prepare` is called in the fork first."""
+    with tempfile.TemporaryDirectory() as folder:
+        seen, out, err = (Path(folder, name) for name in ("seen", "out", "err"))
+        pid = os.fork()
+        if pid == 0:
+            code = 99
+            try:
+                sys.stdout, sys.stderr = out.open("w", buffering=1), err.open("w", buffering=1)
+                log = os.open(seen, os.O_CREAT | os.O_WRONLY | os.O_APPEND)  # at once: a killed process flushes nothing
+                moments = Moments(lambda name: os.write(log, f"{name}\n".encode()), at, strike)
+                # Drawing takes longer than the training, and is not resumed but done again.
+                train_module.draw_plots = lambda folder: None
+                train_module.write_html_report = lambda folder: None
+                real_step = train_module.train_step
+
+                def train_step(*step_arguments):
+                    loss = real_step(*step_arguments)
+                    moments.report("step made")
+                    return loss
+
+                train_module.train_step = train_step
+                for owner, attribute in (
+                    (train_module, "train_step"),
+                    (batching, "collate"),
+                    (RunFolder, "log"),
+                    (os, "fsync"),
+                    (Path, "rename"),
+                    (Path, "replace"),
+                ):
+                    moments.watch(owner, attribute)
+                prepare(moments)
+                code = run_command(lambda: train_module.train(parse_command_line([str(one) for one in arguments])))
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(pid, 0)
+        lines, told, complained = (path.read_text() if path.exists() else "" for path in (seen, out, err))
+    events = lines.splitlines()
+    steps = events.count("step made")
+    return Ended(os.waitstatus_to_exitcode(status), [e for e in events if e != "step made"], steps, told, complained)
+
+
+def outcome(folder: Path) -> tuple[dict, list[dict], bytes]:
+    """All that a run leaves behind, but for times, memory and the name of its folder."""
+    report = json.loads((folder / "report.json").read_text())
+    for name in ("train_seconds", "seconds", "peak_memory_bytes", "test_texts_per_second"):
+        del report[name]
+    for name in ("output", "resume", "overwrite"):
+        del report["config"][name]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("tokens_per_second", None)
+    return report, lines, (folder / "adapter" / "adapter_model.safetensors").read_bytes()
