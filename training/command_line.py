@@ -1,8 +1,7 @@
-"""What `train.py` and `evaluate.py` share at their outermost line: which errors are the user's, and exit codes.
+"""What the commands share at their outermost line: which errors are the user's, and exit codes.
 
-0 all went well, 2 an input can't be used (one line says which and how to mend it), 3 another process of the same run
-died, 130 interrupted by Ctrl-C.
-Anything else is a bug and keeps its traceback.
+0 all went well, 1 a run of a table failed, 2 an input can't be used (one line says which and how to mend it), 3 another
+process of the same run died, 130 or 143 stopped by Ctrl-C or SIGTERM. Anything else is a bug and keeps its traceback.
 """
 
 from __future__ import annotations

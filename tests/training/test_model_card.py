@@ -49,6 +49,8 @@ def test_cards_of_other_runs(run_folder):
         write_model_card(run_folder)
         return run_folder.card.read_text()
 
+    assert "adapter of epoch 7, the best" in card(best_epoch=7)
+
     interrupted = card(test=None, complete=False)
     assert "was interrupted" in interrupted and "## Scores" not in interrupted and "test accuracy" not in interrupted
 

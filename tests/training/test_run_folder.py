@@ -1,5 +1,9 @@
 """A run folder appears whole or not at all."""
 
+import os
+import signal
+import sys
+
 import pytest
 
 from lora.config import LoRAConfig
@@ -46,6 +50,40 @@ def test_what_a_killed_process_left_is_cleared(tmp_path):
     folder.create(RunConfig(output="mine"), ("a", "b"), replace=False)
     assert read_config(folder.config).output == "mine" and folder.read_labels() == ("a", "b")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def create_and_be_killed(folder, output, at):
+    """Make the folder in a fork that is killed before its `at`-th look at the disk; whether it was."""
+    pid = os.fork()
+    if pid == 0:
+        seen = 0
+
+        def audit(event, values):
+            nonlocal seen
+            if event in ("open", "os.mkdir", "os.rename", "os.rmdir", "os.remove", "shutil.rmtree", "shutil.copytree"):
+                if seen == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                seen += 1
+
+        sys.addaudithook(audit)
+        folder.create(RunConfig(output=output), ("a", "b"), replace=True)
+        os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+
+
+def test_whenever_it_is_killed_there_is_a_whole_folder_or_none(tmp_path):
+    kinds = set()
+    for at in range(100):
+        folder = RunFolder(tmp_path / str(at) / "run")
+        folder.create(RunConfig(output="first"), ("a", "b"), replace=False)
+        killed = create_and_be_killed(folder, "second", at)
+        there = folder.path.exists()
+        if there:
+            assert folder.read_labels() == ("a", "b")
+        kinds.add(read_config(folder.config).output if there else "none")
+        if not killed:
+            break
+    assert not killed and kinds == {"first", "none", "second"}
 
 
 @pytest.mark.parametrize(
