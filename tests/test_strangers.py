@@ -1,6 +1,7 @@
 """Files made by strangers: nothing runs code, hangs, fills the memory or ends in anything but one clear line."""
 
 import ast
+import base64
 import contextlib
 import json
 import os
@@ -370,6 +371,32 @@ def test_a_tokenizer_whose_expression_never_ends(folder):
     edit(path, pre_tokenizer=split)
     tokenizer = TextTokenizer.from_directory(folder / "base", 10)
     refused(CheckpointError, "the tokenizer fails on a text", lambda: tokenizer.encode_batch(["a" * 40 + "b"]))
+
+
+def replace(pattern, content):
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        [replace({"String": "a"}, "aa")] * 64,
+        [replace({"Regex": ""}, "a")] * 64,
+        [{"type": "Sequence", "normalizers": [replace({"String": "a"}, "b" * 1000)]}],
+        [{"type": "Prepend", "prepend": "a" * 300}],
+        [{"type": "Precompiled", "precompiled_charsmap": base64.b64encode(bytes(4) + b"a" * 300 + b"\0").decode()}],
+    ],
+    ids=["words", "expressions", "nested", "prefix", "table"],
+)
+def test_a_tokenizer_that_multiplies_a_text(folder, rules):
+    edit(folder / "base" / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": rules})
+    refused(CheckpointError, "more than 256 times as long", lambda: TextTokenizer.from_directory(folder / "base", 9))
+
+
+def test_a_tokenizer_with_a_few_harmless_rules(folder):
+    rules = [{"type": "NFKC"}, {"type": "Lowercase"}, replace({"Regex": " {2,}"}, " ")]
+    edit(folder / "base" / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": rules})
+    TextTokenizer.from_directory(folder / "base", 9).encode_batch(["two  words"])
 
 
 def test_a_tokenizer_larger_than_any(folder, monkeypatch):
