@@ -226,9 +226,9 @@ def train(config: RunConfig, world: World = ALONE) -> int:
     # --- model: load, wrap, freeze, count -------------------------------------------------------------------------
     new_head = config.model.new_head or not has_head(checkpoint.directory)
     model = load_checkpoint(checkpoint.directory, model_config, new_head=new_head)
-    inject_lora(model, config.lora)
+    inject_lora(model, config.lora)  # freezes all but A, B, the biases asked for, and the head
     count = count_parameters(model)
-    compute.cast_frozen(model.roberta)
+    compute.cast_frozen(model.roberta)  # 16-bit runs: frozen weights rounded once, not in every step
     model.to(compute.device)
     stepped = compute.compiled(model, settings.compile)  # the same parameters; only training steps go through it
     optimizer = make_optimizer(
@@ -254,7 +254,7 @@ def train(config: RunConfig, world: World = ALONE) -> int:
             new = augment_texts(text.train.texts, text.train.labels, augmentation, settings.seed, epoch)
             # New texts of every epoch are never seen again: nothing to keep.
             split = encode_split(Split(*new), tokenizer, description="tokenizing EDA", cache=not augmentation.fresh)
-        return training_batches(
+        return training_batches(  # shuffled anew each epoch, texts of similar length together
             split,
             settings.batch_size,
             tokenizer.pad_token_id,
@@ -276,7 +276,8 @@ def train(config: RunConfig, world: World = ALONE) -> int:
             compute.device,
             world.share,
         )
-        # A row is 0 in all processes but one, so the sum is exact, and all of them see the same scores.
+        # Without dropout and gradients; then the model trains on. A row is 0 in all processes but one, so the sum is
+        # exact, and all of them see the same scores.
         return world.sum(predict(model, batches, len(splits[name].labels), compute))
 
     texts_per_epoch = (1 + augmentation.n_aug) * len(splits["train"].labels)
@@ -313,6 +314,8 @@ def train(config: RunConfig, world: World = ALONE) -> int:
     say(f"trainable: {count.trainable:,} of {count.total:,} parameters ({count.percentage:.2f} %)\n")
 
     # --- the loop ---------------------------------------------------------------------------------------------------
+    # In short: in each epoch, a train_step for each group of batches; then score the validation split, and keep the
+    # adapter if it is the best so far. The rest is logging, checkpoints, and stopping.
     stop_signal = stopping = 0  # what this process was sent; what all processes have agreed on
 
     def on_signal(number: int, _frame: object) -> None:
@@ -360,7 +363,7 @@ def train(config: RunConfig, world: World = ALONE) -> int:
             world.wait()
             for group in groups_of(batches, settings.accumulation_steps):
                 learning_rate = schedule.get_last_lr()[0]
-                world.seed(settings.seed, position.step)
+                world.seed(settings.seed, position.step)  # of several processes each has masks of its own
                 loss = train_step(stepped, group, optimizer, schedule, scaler, compute, settings.max_grad_norm, world)
                 waiting.append((learning_rate, loss))
                 position.tokens += sum(batch.tokens for batch in group)

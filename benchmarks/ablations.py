@@ -22,7 +22,8 @@ from torch import Tensor
 
 import ops.linear
 from benchmarks import against_peft as bench
-from lora.linear import LoRALinear, PackedLoRALinear
+from lora.linear import LoRALinear
+from lora.packed import PackedLoRALinear
 from ops.dropout import Dropout, dropout_mask, rounded
 from ops.linear import linear
 from roberta.model import Attention, Roberta

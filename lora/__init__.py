@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from lora.inject import unload_lora as unload_lora
     from lora.inject import unmerge_lora as unmerge_lora
     from lora.linear import LoRALinear as LoRALinear
-    from lora.linear import PackedLoRALinear as PackedLoRALinear
+    from lora.packed import PackedLoRALinear as PackedLoRALinear
 
 _HOME = {
     "LoRAConfig": "config",
     "LoRAError": "config",
     "LoRALinear": "linear",
-    "PackedLoRALinear": "linear",
+    "PackedLoRALinear": "packed",
     "ParameterCount": "inject",
     "count_parameters": "inject",
     "inject_lora": "inject",

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from lora.config import LoRAConfig, LoRAError
-from lora.linear import LoRALinear, PackedLoRALinear
+from lora.linear import LoRALinear
+from lora.packed import PackedLoRALinear
 from lora.targets import layer_index, matches, pattern_value
 
 
@@ -30,7 +31,7 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     targets = _targeted_linears(model, config)
     saved = _modules_to_save(model, config)
 
-    model.requires_grad_(False)
+    model.requires_grad_(False)  # all of it; A and B, made below, are new parameters, and train
     for name, linear in targets.items():
         lora = LoRALinear(
             linear,
@@ -53,7 +54,11 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
 
 
 def _targeted_linears(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Linear]:
-    """The layers that `config` means, by name, in the model's order."""
+    """The layers that `config` means, by name, in the model's order.
+
+    Those whose name is in `target_modules`, or ends in a dot and one of them, that lie in one of `layers_to_transform`
+    and in no module that is trained whole. Raises LoRAError for a target that means no linear layer.
+    """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     layers = config.layers_to_transform
     present = {layer_index(name) for name in linears} - {None}

@@ -25,7 +25,7 @@ from roberta.config import RobertaConfig
 class Embeddings(nn.Module):
     """Word + position + token-type embedding, LayerNorm, dropout.
 
-        e_t = LayerNorm(word[id_t] + position[p + t'] + type[0]),   t' = number of real tokens up to and including t
+        e_t = dropout(LayerNorm(word[id_t] + position[p + t'] + type[0])),   t' real tokens up to and including t
 
     Positions are counted over real tokens only and start at `p + 1`, p being the padding index: rows 0..p of the
     table belong to padding. Source: Devlin et al. 2018, section 3 and figure 2; the offset is RoBERTa's own.
@@ -43,7 +43,8 @@ class Embeddings(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(batch, seq) ids and mask -> (batch, seq, hidden)."""
         real = attention_mask.long()
-        position_ids = real.cumsum(dim=1) * real + self.position_embeddings.padding_idx  # padding stays at row p
+        # Mask 1 1 1 0 gives rows 2 3 4 1 for p = 1: padding stays at row p.
+        position_ids = real.cumsum(dim=1) * real + self.position_embeddings.padding_idx
         embedded = self.word_embeddings(input_ids) + self.token_type_embeddings.weight[0]
         embedded = embedded + self.position_embeddings(position_ids)
         return self.dropout(self.LayerNorm(embedded))
@@ -77,7 +78,7 @@ class PackedLinear(nn.Module):
 
 
 class AddAndNorm(nn.Module):
-    """What closes each half of a layer: y = LayerNorm(residual + dropout(W x + b)).
+    """What closes each half of a layer: y = LayerNorm(residual + dropout(x W^T + b)).
 
     LayerNorm after the sum ("post-LN"), as published; later models moved it in front of the matmuls.
     """
@@ -96,11 +97,12 @@ class AddAndNorm(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention with its output projection.
 
-        context_h = softmax(Q_h K_h^T / sqrt(head) + M) V_h,   y = LayerNorm(x + dropout(W_o [context_1 ... context_H]))
+        context_h = dropout(softmax(Q_h K_h^T / sqrt(head) + M)) V_h
+        y = LayerNorm(x + dropout([context_1 | ... | context_H] W_o^T + b_o))
 
     M is 0 where the key is a real token and -inf where it is padding. The division, softmax and product with V are
     PyTorch's `scaled_dot_product_attention`, which picks a fused kernel where it has one; with dropout on the
-    probabilities it has none on a CPU, and they are written out. Source: Vaswani et al. 2017, section 3.2.
+    probabilities it has none on a CPU, and `_attend` writes the steps out. Source: Vaswani et al. 2017, section 3.2.
     """
 
     def __init__(self, config: RobertaConfig) -> None:
@@ -142,7 +144,7 @@ class Attention(nn.Module):
 
 
 class Intermediate(nn.Module):
-    """The wide half of the feed-forward network: y = GELU(W x + b), with the exact GELU, x Phi(x).
+    """The wide half of the feed-forward network: y = GELU(x W^T + b), with the exact GELU, x Phi(x).
 
     Source: Hendrycks & Gimpel 2016, section 2; Vaswani et al. 2017, section 3.3.
     """
@@ -209,7 +211,7 @@ class Roberta(nn.Module):
 
 
 class ClassificationHead(nn.Module):
-    """logits = W_2 dropout(tanh(W_1 dropout(h) + b_1)) + b_2, h being the vector of the first token, `<s>`.
+    """logits = dropout(tanh(dropout(h) W_1^T + b_1)) W_2^T + b_2, h being the vector of the first token, `<s>`.
 
     Source: Devlin et al. 2018, section 4.1 ([CLS] there); dense-tanh-projection as in the published RoBERTa code.
     """

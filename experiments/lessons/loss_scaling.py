@@ -22,7 +22,7 @@ from data.batching import Batch
 from experiments.lessons.common import CPU, Lesson, Task, fit, run_lesson
 from lora.config import LoRAConfig
 from lora.inject import lora_layers
-from lora.linear import PackedLoRALinear
+from lora.packed import PackedLoRALinear
 from training.plots import PALETTE
 from training.precision import Compute
 

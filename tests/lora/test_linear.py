@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora.linear import LoRALinear, PackedLoRALinear
+from lora.linear import LoRALinear
+from lora.packed import PackedLoRALinear
 from ops.dropout import Dropout
 from roberta.model import PackedLinear
 
