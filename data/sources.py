@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -300,7 +300,7 @@ def _checked_rows(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, di
     for where, row in reader(path, wanted):
         missing = [name for name in wanted if name not in row]
         if missing:
-            raise DataError(f"{where}: no column {missing[0]!r}; there are {', '.join(map(str, row))}")
+            raise DataError(f"{where}: no column {missing[0]!r}; there are {_listed(row)}")
         yield where, row
 
 
@@ -326,6 +326,12 @@ def _file_label(label: Any, column: str, where: str) -> str:
     return str(label).strip()
 
 
+def _listed(names: Iterable[Any]) -> str:
+    """Names from a file for an error, which is one line: a dozen of them, without breaks."""
+    shown = [" ".join(str(name).split())[:80] for name in names]
+    return ", ".join(shown[:12]) + (", ..." if len(shown) > 12 else "") if shown else "none"
+
+
 def _delimited(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
     """CSV or TSV with a header line."""
     records = _csv_records(path, "\t" if path.suffix.lower() == ".tsv" else ",")
@@ -333,7 +339,7 @@ def _delimited(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, dict[
     for name in wanted:
         if header.count(name) != 1:
             trouble = f"no column {name!r}" if name not in header else f"{header.count(name)} columns {name!r}"
-            raise DataError(f"{path}, header: {trouble}; there are {', '.join(header) or 'none'}")
+            raise DataError(f"{path}, header: {trouble}; there are {_listed(header)}")
     for number, fields in records:
         if len(fields) != len(header):
             raise DataError(
@@ -390,11 +396,11 @@ def _parquet(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, dict[st
         claimed = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; check the path") from None
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # also a column's name that is not UTF-8
         raise DataError(f"{path}: not a Parquet file ({str(error).splitlines()[0]}); write it again") from None
     missing = [name for name in wanted if name not in names]
     if missing:
-        raise DataError(f"{path}: no column {missing[0]!r}; there are {', '.join(names)}")
+        raise DataError(f"{path}: no column {missing[0]!r}; there are {_listed(names)}")
     most = _UNPACKED_AT_ALL + _UNPACKED_RATIO * size
     # A value that is repeated a million times takes a few bytes in the file, and a Python object each in memory.
     if claimed + 64 * file.metadata.num_rows > most:
@@ -485,8 +491,7 @@ def _assemble(
     def split(rows: list[_Row]) -> Split:
         for row in rows:
             if _label_key(row.label) not in numbers:
-                shown = ", ".join(label_names[:12]) + (", ..." if len(label_names) > 12 else "")
-                raise DataError(f"{row.where}: unknown label {row.label!r}; there are {shown}")
+                raise DataError(f"{row.where}: unknown label {row.label!r}; there are {_listed(label_names)}")
         return Split([row.text for row in rows], [numbers[_label_key(row.label)] for row in rows])
 
     train_split = split(train)

@@ -215,8 +215,8 @@ def read_adapter_config(directory: str | Path, model: nn.Module | None = None) -
     if "target_modules" not in values:
         raise LoRAError(f"{path}: target_modules is missing; name the layers that the adapter belongs to")
     saved = values.get("modules_to_save", ())
-    if not isinstance(saved, tuple):
-        raise LoRAError(f"{path}: modules_to_save is {saved!r}; it must be a list of names")
+    if not isinstance(saved, tuple) or not all(isinstance(name, str) for name in saved):
+        raise LoRAError(f"{path}: modules_to_save is {raw['modules_to_save']!r}; it must be a list of names")
     if raw.get("task_type") == "SEQ_CLS":  # peft trains and saves the head of every classifier; 0.10 does not say so
         saved = (*saved, *_HEAD_NAMES)
     values["modules_to_save"] = tuple(dict.fromkeys(saved))
@@ -318,7 +318,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise LoRAError(f"{path}: no such file; an adapter folder needs its settings") from None
     except OSError as error:
         raise LoRAError(f"{path}: can't be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits
+    except ValueError as error:  # not UTF-8, not JSON, a number of thousands of digits
         raise LoRAError(f"{path}: not valid JSON ({error}); fetch the adapter again") from None
     if not isinstance(raw, dict):
         raise LoRAError(f"{path}: holds no JSON object; fetch the adapter again")

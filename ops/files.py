@@ -38,9 +38,12 @@ def check_size(path: Path, largest: int) -> None:
 
 
 def read_settings(path: Path) -> Any:
-    """What a JSON file holds. Raises OSError, ValueError or, for a value nested too deeply, RecursionError."""
+    """What a JSON file holds. Raises OSError, or ValueError for all that is wrong inside it."""
     check_size(path, LARGEST_SETTINGS)
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def open_safetensors(path: Path) -> Any:

@@ -71,6 +71,8 @@ class RobertaConfig:
             raise CheckpointError(
                 f"hidden_size {self.hidden_size} can't be cut into {self.num_attention_heads} equal attention heads"
             )
+        if self.pad_token_id >= self.vocab_size:
+            raise CheckpointError(f"pad_token_id {self.pad_token_id} is no token of a vocabulary of {self.vocab_size}")
         if self.max_length < 1:
             raise CheckpointError(
                 f"max_position_embeddings {self.max_position_embeddings} leaves no room above pad_token_id "
@@ -101,7 +103,7 @@ class RobertaConfig:
             raise CheckpointError(f"{path}: no such file; a checkpoint folder needs its config.json") from None
         except OSError as error:
             raise CheckpointError(f"{path}: can't be read ({error.strerror})") from None
-        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits
+        except ValueError as error:  # not UTF-8, not JSON, a number of thousands of digits
             raise CheckpointError(f"{path}: not valid JSON ({error}); fetch the checkpoint again") from None
         if not isinstance(raw, dict):
             raise CheckpointError(f"{path}: holds no JSON object; fetch the checkpoint again")

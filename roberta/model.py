@@ -117,7 +117,8 @@ class Attention(nn.Module):
     def forward(self, hidden_states: Tensor, key_mask: Tensor, queries: int | None = None) -> Tensor:
         """(batch, seq, hidden) and a boolean (batch, 1, 1, seq), true at real tokens -> (batch, queries, hidden).
 
-        Only the first `queries` tokens are updated, all of them by default; each still attends to every real token.
+        Only the first `queries` tokens are updated (in the last layer one, see `Encoder`), all of them by default; each
+        still attends to every real token.
         """
         if queries is None:
             query, key, value = self.self(hidden_states).chunk(3, dim=-1)

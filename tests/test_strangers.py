@@ -295,6 +295,12 @@ def test_which_expressions_could_hang(expression, hangs):
     assert could_hang(expression) == hangs
 
 
+def test_a_list_that_holds_no_names(folder):
+    edit(folder / "adapter" / "adapter_config.json", modules_to_save=[["classifier"]])
+    read = lambda: load_adapter(load_checkpoint(folder / "base"), folder / "adapter")  # noqa: E731
+    refused(LoRAError, "must be a list of names", read)
+
+
 def test_lists_longer_than_any_model(folder):
     path = folder / "adapter" / "adapter_config.json"
     read = lambda: load_adapter(load_checkpoint(folder / "base"), folder / "adapter")  # noqa: E731
@@ -466,6 +472,22 @@ def test_a_parquet_file_that_unpacks_to_gigabytes(tmp_path, rows, length):
             read()
 
 
+def test_a_parquet_file_whose_column_has_no_name(tmp_path):
+    path = tmp_path / "data.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "label": ["x", "y"]}), path, store_schema=False)
+    whole = path.read_bytes()
+    for name, says in ((b"l\x89bel", "not a Parquet file"), (b"l\nbel", "there are text, l bel$")):
+        path.write_bytes(whole.replace(b"label", name))
+        for read in readers(path)[:1]:
+            refused(DataError, says, read)
+
+
+def test_columns_without_number_are_not_all_named(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text(",".join(f"column {i}" for i in range(10_000)) + "\n")
+    refused(DataError, r"no column 'text'; there are column 0, .*, column 11, \.\.\.$", readers(path)[0])
+
+
 def test_json_lines_nested_deeply(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"text": "a", "label": "b"}\n{"text": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
@@ -502,3 +524,14 @@ def test_a_checkpoint_of_another_run_is_one_line(tmp_path, change):
     with pytest.raises(ConfigError, match="does not belong to this run .*--overwrite") as error:
         checkpoint.restore(state, tensors, model, optimizer, schedule, scaler)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["state.json", "sha256.json"])
+def test_a_checkpoint_nested_deeply_is_damaged(tmp_path, file):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _step: 1.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    path = checkpoint.save(tmp_path, checkpoint.Position(), model, optimizer, schedule, scaler, {}, keep=1)
+    (path / file).write_text("[" * 100_000)
+    refused(ConfigError, "every checkpoint is damaged", lambda: checkpoint.load(tmp_path))

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data.assets import sha256_of
+from ops.files import read_settings
 from training.errors import ConfigError
 from training.scoring import Scores
 
@@ -122,11 +123,11 @@ def load(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], list[str]] | 
     complaints: list[str] = []
     for path in _newest_first(folder):
         try:
-            hashes = json.loads((path / "sha256.json").read_text(encoding="utf-8"))
+            hashes = read_settings(path / "sha256.json")
             wrong = [name for name in _FILES if sha256_of(path / name) != hashes[name]]
             if wrong:
                 raise ValueError(f"{wrong[0]} is not what was written")
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            state = read_settings(path / "state.json")
             return state, load_file(path / "tensors.safetensors"), complaints
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             complaints.append(f"{path} is damaged ({error}); the one before it is used")
