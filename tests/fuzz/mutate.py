@@ -1,5 +1,6 @@
 """Broken files made of whole ones: what a cut-off download, a bad disk or a stranger would hand to a reader."""
 
+import copy
 import json
 import random
 import struct
@@ -55,7 +56,8 @@ def mutate_json(content: bytes, draw: random.Random) -> bytes:
             continue
         kind = draw.randrange(5)
         if kind <= 2:
-            parent[key] = draw.choice(_NASTY_VALUES)
+            # A copy: a list of this table would carry what is put into it to all later files.
+            parent[key] = copy.deepcopy(draw.choice(_NASTY_VALUES))
         elif kind == 3:
             del parent[key]
         elif isinstance(parent, dict):
