@@ -57,8 +57,8 @@ class Arguments:
     """A CSV, TSV, JSONL or Parquet file of texts without labels, to be classified into --out."""
     out: Path | None = None
     """Where --predict writes: a CSV file with the columns ID and label."""
-    text_columns: tuple[str, ...] = ("text",)
-    """For --predict: the columns of the text, joined by a space."""
+    text_columns: tuple[str, ...] = ()
+    """For --predict: the columns of the text, joined by a space; those of the run, or "text", unless given."""
     id_column: str | None = None
     """For --predict: the column of the ID; id or ID if there is one, else the row's number from 0, unless given."""
     indices: bool = False
@@ -193,7 +193,8 @@ def write_predictions(trained: Trained, arguments: Arguments) -> None:
     """Classify the rows of --predict into --out, whole or not at all."""
     source, out = arguments.predict, arguments.out
     assert source is not None and out is not None, "checked by check_arguments"
-    ids, texts = read_unlabelled(source, arguments.text_columns, arguments.id_column)
+    data = trained.config.data if trained.config else DataConfig()
+    ids, texts = read_unlabelled(source, arguments.text_columns or data.text_columns, arguments.id_column)
     predicted = classify(trained, texts).argmax(dim=1).tolist()
     part = out.with_name(f"{out.name}.part")
     try:
@@ -273,8 +274,10 @@ def evaluate(arguments: Arguments) -> int:
         say("merged      the adapters are folded into the weights")
 
     if texts:
+        shown = min(4, len(trained.label_names))
+        say(f"            the likeliest {shown} of {len(trained.label_names)} classes, each with its probability")
         for text, row in zip(texts, classify(trained, texts), strict=True):
-            order = row.argsort(descending=True)[:4].tolist()
+            order = row.argsort(descending=True)[:shown].tolist()
             say("  ".join(f"{trained.label_names[i]} {row[i]:.3f}" for i in order) + f"   {text[:80]}")
     elif arguments.predict is not None:
         write_predictions(trained, arguments)

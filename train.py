@@ -42,8 +42,8 @@ from training.html_report import write_html_report
 from training.model_card import write_model_card
 from training.plots import draw_plots
 from training.precision import WIDTH_WHEN_COMPILED, Compute, choose_compute, use_determinism
-from training.progress import Progress, minutes, say
-from training.report import build_report, peak_memory_bytes
+from training.progress import Progress, minutes, say, this_python
+from training.report import build_report
 from training.run_folder import RunFolder, check_board
 from training.scoring import confident_mistakes, predict, score
 
@@ -308,7 +308,8 @@ def train(config: RunConfig, world: World = ALONE) -> int:
         folder.open_board(position.step)
     world.check_same_position(position.step)
     say(f"compute     {compute.describe()}" + (f", in each of {world.size} processes" if world.size > 1 else ""))
-    say(f"steps       {steps_per_epoch} an epoch, {total_steps} in {settings.epochs} epochs at most")
+    epochs = "1 epoch" if settings.epochs == 1 else f"{settings.epochs} epochs at most"
+    say(f"steps       {steps_per_epoch} an epoch, {total_steps} in {epochs}")
     say(f"run folder  {folder.path}")
     say(f"\n{count.table()}")
     say(f"trainable: {count.trainable:,} of {count.total:,} parameters ({count.percentage:.2f} %)\n")
@@ -479,7 +480,7 @@ def train(config: RunConfig, world: World = ALONE) -> int:
         finish(folder)
     if test is None:
         say(f"\ninterrupted in epoch {epochs_run} after step {position.step}; the adapter is in {folder.adapter}")
-        say(f"go on:   the same command with --resume, or python train.py {folder.config} --resume")
+        say(f"go on:   the same command with --resume, or {this_python()} train.py {folder.config} --resume")
     else:
         say(f"\nbest epoch {position.best_epoch} by validation accuracy; on the test split:\n")
         say(test.table())
@@ -489,10 +490,10 @@ def train(config: RunConfig, world: World = ALONE) -> int:
         )
     say(
         f"wall time {minutes(report['seconds'])} (training {minutes(train_seconds)})   "
-        f"peak memory {peak_memory_bytes(compute) / 2**20:,.0f} MiB   trainable parameters {count.trainable:,}"
+        f"peak memory {report['peak_memory_bytes'] / 2**20:,.0f} MiB   trainable parameters {count.trainable:,}"
     )
     say(f"report:  {folder.html}")
-    say(f'try it:  python evaluate.py {folder.path} --text "Oil prices rise as OPEC cuts output"')
+    say(f'try it:  {this_python()} evaluate.py {folder.path} --text "a text of your own"')
     world.wait()  # torchrun ends all processes when the first ends with a code that is not 0
     return 128 + stopping if stopping else 0  # as shells count
 

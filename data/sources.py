@@ -33,6 +33,7 @@ _FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
 _LONGEST_ROW = 10_000_000
 # A compressed file may unpack to so many times its size, and so many bytes more; news text gets 3 to 10 times as large.
 _UNPACKED_RATIO, _UNPACKED_AT_ALL = 1000, 1 << 26
+_OTHER_COLUMNS = "name the ones to read by text_columns and label_column"
 _ID_COLUMNS = ("id", "ID")
 _FOR_FILES = ("test_file", "validation_file", "text_columns", "label_column")
 
@@ -300,7 +301,7 @@ def _checked_rows(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, di
     for where, row in reader(path, wanted):
         missing = [name for name in wanted if name not in row]
         if missing:
-            raise DataError(f"{where}: no column {missing[0]!r}; there are {_listed(row)}")
+            raise DataError(f"{where}: no column {missing[0]!r}; there are {_listed(row)}; {_OTHER_COLUMNS}")
         yield where, row
 
 
@@ -339,7 +340,7 @@ def _delimited(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, dict[
     for name in wanted:
         if header.count(name) != 1:
             trouble = f"no column {name!r}" if name not in header else f"{header.count(name)} columns {name!r}"
-            raise DataError(f"{path}, header: {trouble}; there are {_listed(header)}")
+            raise DataError(f"{path}, header: {trouble}; there are {_listed(header)}; {_OTHER_COLUMNS}")
     for number, fields in records:
         if len(fields) != len(header):
             raise DataError(
@@ -400,7 +401,7 @@ def _parquet(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, dict[st
         raise DataError(f"{path}: not a Parquet file ({str(error).splitlines()[0]}); write it again") from None
     missing = [name for name in wanted if name not in names]
     if missing:
-        raise DataError(f"{path}: no column {missing[0]!r}; there are {_listed(names)}")
+        raise DataError(f"{path}: no column {missing[0]!r}; there are {_listed(names)}; {_OTHER_COLUMNS}")
     most = _UNPACKED_AT_ALL + _UNPACKED_RATIO * size
     # A value that is repeated a million times takes a few bytes in the file, and a Python object each in memory.
     if claimed + 64 * file.metadata.num_rows > most:

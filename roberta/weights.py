@@ -20,6 +20,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -140,14 +141,15 @@ def save_checkpoint(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     part = directory / f"{WEIGHTS_NAME}.part"
+    (directory / CONFIG_NAME).write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
     try:
         save_file(tensors, str(part), metadata={"format": "pt"})
+        shutil.copymode(directory / CONFIG_NAME, part)  # the library lets the owner alone read it
         part.replace(directory / WEIGHTS_NAME)
     except SafetensorError as error:  # the library's own error, also for a full disk
         raise OSError(errno.EIO, str(error), str(directory / WEIGHTS_NAME)) from None
     finally:
         part.unlink(missing_ok=True)
-    (directory / CONFIG_NAME).write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save(directory)
 

@@ -1,6 +1,8 @@
 """evaluate.py from the command line: the training's number again, texts, merged, exported, adapters that peft wrote."""
 
+import dataclasses
 import json
+import shutil
 
 import peft
 import pyarrow
@@ -13,7 +15,7 @@ from evaluate import Arguments, evaluate
 from tests.conftest import tiny_rows
 from train import train
 from training.command_line import EXIT_BAD_INPUT, parse_options, run_command
-from training.config import parse_command_line
+from training.config import parse_command_line, read_config, write_config
 
 
 @pytest.fixture
@@ -204,6 +206,25 @@ def test_columns_of_text_and_id_are_chosen_or_numbered(command, finished, tmp_pa
     assert (tmp_path / "a.csv").read_text() == "ID,label\n0,sports\n1,business\n"
     assert command(folder, *options, "--id-column", "n", "--out", tmp_path / "b.csv")[0] == 0
     assert (tmp_path / "b.csv").read_text() == "ID,label\nx,sports\ny,business\n"
+
+
+def test_columns_of_text_are_those_of_the_run_unless_given(command, finished, tmp_path):
+    folder, _ = finished
+    shutil.copytree(folder, tmp_path / "mine")
+    config = read_config(folder / "config.toml")
+    mine = tmp_path / "mine.csv"
+    mine.write_text("label,title,body\n")
+    data = dataclasses.replace(config.data, source=str(mine), directory=None, text_columns=("title", "body"))
+    (tmp_path / "mine" / "config.toml").unlink()
+    write_config(dataclasses.replace(config, data=data), tmp_path / "mine" / "config.toml")
+    source = write_unlabelled(
+        tmp_path / "new.csv", [{"title": "the goal", "body": "of the match", "text": "oil price"}]
+    )
+    assert command(tmp_path / "mine", "--predict", source, "--out", tmp_path / "a.csv")[0] == 0
+    assert (tmp_path / "a.csv").read_text() == "ID,label\n0,sports\n"
+    options = ("--text-columns", "text", "--out", tmp_path / "b.csv")
+    assert command(tmp_path / "mine", "--predict", source, *options)[0] == 0
+    assert (tmp_path / "b.csv").read_text() == "ID,label\n0,business\n"
 
 
 @pytest.mark.parametrize(

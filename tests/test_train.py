@@ -46,7 +46,7 @@ def test_a_run_learns_and_leaves_everything_behind(run, tiny_config, tiny_data):
     report = json.loads((folder / "report.json").read_text())
     assert report["complete"] and report["test"]["accuracy"] > 0.9
     assert f"test accuracy {100 * report['test']['accuracy']:.2f} %" in out
-    assert f"{report['trainable_parameters']:,}" in out and "python evaluate.py" in out
+    assert f"{report['trainable_parameters']:,}" in out and "evaluate.py" in out
 
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert files == {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -12,6 +13,12 @@ def say(line: str = "") -> None:
     """Print a line at once, also into a pipe, and above the bar if there is one."""
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
+
+
+def this_python() -> str:
+    """How the interpreter in use is called from the current folder: a command that is printed works as it stands."""
+    path = os.path.relpath(sys.executable)
+    return sys.executable if path.startswith(os.pardir) else path
 
 
 class Progress:

@@ -236,3 +236,8 @@ def test_loading_takes_the_memory_of_one_copy(tmp_path, tiny_checkpoint):
         timeout=120,
     )
     assert done.stdout == "one copy\n", done.stderr[-400:]
+
+
+def test_a_saved_checkpoint_can_be_read_by_whom_its_settings_can(folder):
+    modes = {path.stat().st_mode for path in folder.iterdir()}
+    assert len(modes) == 1
