@@ -147,7 +147,11 @@ def test_packed_dropout_draws_one_mask_for_all_blocks_and_none_at_evaluation(mak
         else:
             expected.append(block(x))
     torch.testing.assert_close(y, torch.cat(expected, dim=-1), rtol=1e-12, atol=1e-12)
-    assert torch.equal(layer.eval()(x), layer(x))
+
+    separate = [layer.get_submodule(name).eval()(x) for name in ("query", "key", "value")]
+    without = packed({"query": (2, 8.0), "value": (3, 4.0)})  # the same numbers, and no dropout at all
+    torch.testing.assert_close(layer.eval()(x), without(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.cat(separate, dim=-1), without(x), rtol=1e-12, atol=1e-12)
 
 
 def test_single_dropout_is_on_the_input_of_the_update_alone():
@@ -163,5 +167,6 @@ def test_single_dropout_is_on_the_input_of_the_update_alone():
 def test_merged_layer_ignores_dropout():
     layer = filled(LoRALinear(nn.Linear(6, 4).double(), 2, 8, dropout=0.5)).train()
     x = torch.randn(4, 6, dtype=torch.float64)
+    expected = x @ (layer.base.weight + layer.delta_weight()).T + layer.base.bias
     layer.merge()
-    assert torch.equal(layer(x), layer(x))
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
