@@ -9,6 +9,7 @@ takes half the time (docs/performance.md). Everything else (other types, autocas
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -27,6 +28,10 @@ def _find_onednn() -> Any:
 
 
 _ONEDNN = _find_onednn()
+
+# oneDNN keeps the code it writes for each size of a product: 1,024 pieces unless told otherwise, between which batches
+# of ever other widths leave holes in the heap. A step of MiniLM needs 24. oneDNN reads this when it is first used.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
