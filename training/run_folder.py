@@ -22,6 +22,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ops.files import read_settings
 from training.config import RunConfig, read_config, write_config
 from training.errors import ConfigError
 
@@ -82,7 +83,7 @@ class RunFolder:
         """Whether the run was finished: report.json says so."""
         try:
             return bool(json.loads(self.report.read_text(encoding="utf-8"))["complete"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return False
 
     def create(self, config: RunConfig, label_names: tuple[str, ...], replace: bool) -> None:
@@ -152,7 +153,7 @@ class RunFolder:
     def read_labels(self) -> tuple[str, ...]:
         """The class names. Raises ConfigError if the file is missing or broken."""
         try:
-            names = json.loads(self.labels.read_text(encoding="utf-8"))
+            names = read_settings(self.labels)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.labels}: can't be read ({error}); is {self.path} a run folder?") from None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

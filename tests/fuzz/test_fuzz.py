@@ -29,6 +29,7 @@ from tests.fuzz.mutate import mutate_bytes, mutate_json, mutate_safetensors
 from training import checkpoint
 from training.config import read_config
 from training.errors import ConfigError
+from training.run_folder import RunFolder
 
 NUMBER = int(os.environ.get("LORABERTA_FUZZ", "150"))
 SMALL = RobertaConfig(
@@ -95,6 +96,27 @@ def test_tokenizer(folder):
             assert len(ids) <= 10 and all(0 <= i < SMALL.vocab_size for i in ids)
 
     fuzz(folder / "base" / "tokenizer.json", read, CheckpointError, mutate_json, mutate_bytes)
+
+
+@pytest.mark.parametrize("file", ["vocab.json", "merges.txt"])
+def test_vocabulary_and_merges(tmp_path, file):
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "g", "o", "a", "l", "go", "al", "goal"]
+    (tmp_path / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\ng o\na l\ngo al\n")
+
+    def read():
+        tokenizer = TextTokenizer.from_directory(tmp_path, 10)
+        tokenizer.check_fits(SMALL, tmp_path)
+        for ids in tokenizer.encode_batch(["the goal", "", "<s> oil"]):
+            assert len(ids) <= 10 and all(0 <= i < SMALL.vocab_size for i in ids)
+
+    fuzz(tmp_path / file, read, CheckpointError, mutate_bytes, *([mutate_json] if file == "vocab.json" else []))
+
+
+def test_labels_of_a_run(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.labels.write_text(json.dumps(["business", "sports", "w\u00f6rld"]))
+    fuzz(folder.labels, folder.read_labels, ConfigError, mutate_json, mutate_bytes)
 
 
 def read_adapter(folder, model):
