@@ -4,6 +4,7 @@ A run is a fork of this process: it starts in no time, and may be killed. The mo
 the other: an optimizer step, a batch put together, a logged line, a flush or a rename of a file.
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -19,6 +20,20 @@ from data import batching
 from training.command_line import run_command
 from training.config import parse_command_line
 from training.run_folder import RunFolder
+
+STUCK_SECONDS = 240
+"""A fork that takes longer waits for what will not come; none takes a tenth of it."""
+
+
+def end_if_stuck() -> None:
+    """In a fork whose stderr is a file: rather than wait for ever, tell where each thread stands, and end."""
+    faulthandler.dump_traceback_later(STUCK_SECONDS, exit=True)
+
+
+def fail_if_stuck(err: str) -> None:
+    """In the process that made the fork, with what that wrote to stderr."""
+    if "Timeout (" in err:
+        raise AssertionError(f"a fork was stuck:\n{err}")
 
 
 def die(_event: str) -> None:
@@ -88,6 +103,7 @@ def run_forked(
             code = 99
             try:
                 sys.stdout, sys.stderr = out.open("w", buffering=1), err.open("w", buffering=1)
+                end_if_stuck()
                 log = os.open(seen, os.O_CREAT | os.O_WRONLY | os.O_APPEND)  # at once: a killed process flushes nothing
                 moments = Moments(lambda name: os.write(log, f"{name}\n".encode()), at, strike)
                 # Drawing takes longer than the training, and is not resumed but done again.
@@ -118,6 +134,7 @@ def run_forked(
                 os._exit(code)
         _, status = os.waitpid(pid, 0)
         lines, told, complained = (path.read_text() if path.exists() else "" for path in (seen, out, err))
+    fail_if_stuck(complained)
     events = lines.splitlines()
     steps = events.count("step made")
     return Ended(os.waitstatus_to_exitcode(status), [e for e in events if e != "step made"], steps, told, complained)

@@ -30,6 +30,7 @@ from lora.config import LoRAConfig
 from lora.inject import count_parameters, inject_lora
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
+from tests.forked import end_if_stuck, fail_if_stuck
 from training import distributed
 from training.command_line import EXIT_BAD_INPUT, EXIT_LOST, run_command
 from training.config import parse_command_line
@@ -129,6 +130,7 @@ def forks(size, work, folder):
             code = 99
             try:
                 sys.stdout, sys.stderr = ((folder / f"{name}{rank}").open("w") for name in ("out", "err"))
+                end_if_stuck()
                 told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
                 told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
                 told |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
@@ -146,8 +148,9 @@ def forks(size, work, folder):
     results = []
     for rank in range(size):
         seen = folder / f"seen{rank}"
-        texts = ((folder / f"{name}{rank}").read_text() for name in ("out", "err"))
-        results.append((json.loads(seen.read_text()) if seen.exists() else None, *texts))
+        out, err = ((folder / f"{name}{rank}").read_text() for name in ("out", "err"))
+        fail_if_stuck(err)
+        results.append((json.loads(seen.read_text()) if seen.exists() else None, out, err))
         seen.unlink(missing_ok=True)
     return [os.waitstatus_to_exitcode(status) for status in statuses], results
 
