@@ -49,7 +49,7 @@ class Arguments:
 
     run: tyro.conf.Positional[Path]
     """A run folder, or an adapter folder that peft wrote."""
-    text: tuple[str, ...] = ()
+    text: tuple[str, ...] | None = None
     """Texts to classify."""
     file: Path | None = None
     """A file with one text to classify a line."""
@@ -151,8 +151,10 @@ def _label_names(folder: RunFolder, is_run: bool, base: RobertaConfig, shapes: d
 
 
 def read_texts(arguments: Arguments) -> list[str]:
-    """The texts given by --text and --file. Raises ConfigError for an empty one, or a file that can't be read."""
-    texts = list(arguments.text)
+    """The texts given by --text and --file. Raises ConfigError for none, an empty one, or a file it can't read."""
+    if arguments.text == ():
+        raise ConfigError('--text has no text; write one behind it, in quotes: --text "Oil prices rise"')
+    texts = list(arguments.text or ())
     sources = [f"--text number {i + 1}" for i in range(len(texts))]
     if arguments.file is not None:
         try:
@@ -241,7 +243,7 @@ def _test_split(trained: Trained) -> Split:
 def check_arguments(arguments: Arguments) -> None:
     """Raise ConfigError for arguments that don't go together, and places that can't be written, before any work."""
     questions = {
-        "--text and --file": bool(arguments.text) or arguments.file is not None,
+        "--text and --file": arguments.text is not None or arguments.file is not None,
         "--predict": arguments.predict is not None,
         "--speed": arguments.speed,
     }

@@ -81,10 +81,14 @@ def make_table(arguments: Arguments) -> int:
         interrupted = True
         say("interrupted; the same command goes on from here")
     rows = collect(planned, arguments.output / "runs", arguments.limit)
-    write_results(rows, arguments.output, list(arguments.set), list(failed.items()))
-    say(f"\n{format_table(rows)}\n\nwritten to {arguments.output}/results.csv, .md and .html")
+    causes: dict[str, list[str]] = {}  # often one: no hub, no such file
     for name, why in failed.items():
-        say(f"failed: {name}: {why} (see {arguments.output / 'logs' / name}.log)")
+        causes.setdefault(why, []).append(name)
+    failures = [(", ".join(names), why) for why, names in causes.items()]
+    write_results(rows, arguments.output, list(arguments.set), failures)
+    say(f"\n{format_table(rows)}\n\nwritten to {arguments.output}/results.csv, .md and .html")
+    for names, why in failures:
+        say(f"failed: {names}: {why} (see {arguments.output / 'logs'})")
     return EXIT_INTERRUPTED if interrupted else int(bool(failed))
 
 

@@ -136,6 +136,7 @@ def test_what_can_not_be_used_is_one_line(command, finished, tmp_path):
     for arguments, says in [
         ([tmp_path / "nothing"], "neither a run folder"),
         ([tmp_path / "missing"], "neither a run folder"),
+        ([folder, "--text"], "--text has no text; write one behind it"),
         ([folder, "--text", " "], "--text number 1: the text is empty"),
         ([folder, "--file", tmp_path / "empty.txt"], "empty.txt: is empty"),
         ([folder, "--file", tmp_path / "gap.txt"], "gap.txt, line 2: the text is empty"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-import itertools
+import re
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -89,9 +89,22 @@ def parse_options(kind: type[Options], arguments: list[str], *, prog: str, defau
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        # tyro draws a box: a title, what is wrong (wrapped), a rule, hints. What is wrong is wanted, as one line.
-        _title, *lines = (line.strip("│| ") for line in complaint.getvalue().splitlines())
-        while lines and not lines[0].strip("─-"):  # a terminal without box characters gets a rule below the title
-            del lines[0]
-        wrong = " ".join(itertools.takewhile(lambda line: line.strip("─-"), lines))
-        raise ConfigError(f"command line: {wrong}; --help lists the options") from None
+        raise ConfigError(f"command line: {_complaint(complaint.getvalue())}; --help lists the options") from None
+
+
+def _complaint(box: str) -> str:
+    """What tyro says in a box, as one line: what is wrong and, below a rule, what may have been meant."""
+    sections: list[list[str]] = [[]]
+    for line in (line.strip("│| ") for line in box.splitlines()[1:]):
+        if line.strip("─-"):
+            sections[-1].append(line)
+        elif sections[-1]:  # a terminal without box characters gets a rule below the title as well
+            sections.append([])
+    wrong = " ".join(sections[0]).removesuffix(".")
+    wrong = re.sub(r"^Error parsing (\S+): ", r"\1: ", wrong)
+    # int() and float() speak to programmers.
+    wrong = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is no whole number", wrong)
+    wrong = re.sub(r"could not convert string to float: (.*)", r"\1 is no number", wrong)
+    hints = next((section for section in sections if section[:1] == ["Perhaps you meant:"]), [])
+    options = dict.fromkeys(line.split()[0].strip(",") for line in hints if line.startswith("--"))
+    return wrong + (f"; did you mean {' or '.join(options)}?" if options else "")

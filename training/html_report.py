@@ -29,7 +29,7 @@ def write_html_report(folder: RunFolder) -> None:
         facts=_facts(report) if report else [],
         plots=[Markup(to_svg(draw, size, name)) for name, (draw, size) in panels_of(run).items()],
         per_class=test["per_class"] if test else None,
-        mistakes=report.get("mistakes"),
+        mistakes=report.get("mistakes") if test else None,
         parts=report.get("parameters_by_part"),
         settings=folder.config.read_text(encoding="utf-8"),
     )

@@ -22,8 +22,9 @@ def write_model_card(folder: RunFolder) -> None:
     config, test, lora = report["config"], report["test"], report["config"]["lora"]
     layers = lora["layers_to_transform"]
     where = f", layers {', '.join(map(str, layers))} from 0" if layers else ", all layers"
+    base = read_base_model(folder.adapter) or config["model"]["checkpoint"]
     facts = [
-        ("base model", report["origins"]["checkpoint"]),
+        ("base model", base),
         ("data", report["origins"]["data"]),
         ("LoRA", f"rank {lora['rank']}, alpha {lora['alpha']:g}, on {_listed(lora['target_modules'])}{where}"),
         (
@@ -47,13 +48,14 @@ def write_model_card(folder: RunFolder) -> None:
         name=folder.path.name,
         path=folder.path,
         adapter=str(folder.adapter),
-        base=read_base_model(folder.adapter) or config["model"]["checkpoint"],
+        base=base,
         model_type=report["origins"]["model_type"],
         labels=report["label_names"],
         facts=facts,
         test=test,
         best_epoch=report["best_epoch"],
         max_length=config["data"]["max_length"],
+        cleaning=[step for step, on in config["data"]["cleaning"].items() if on],
         settings=folder.config.read_text(encoding="utf-8").strip(),
     )
     write_whole(folder.card, text)

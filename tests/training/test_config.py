@@ -76,8 +76,11 @@ def test_bad_file_is_one_line_naming_file_and_field(toml, text, says):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--lora.rnak", "8"], "--lora.rnak"),
-        (["--lora.rank", "many"], "--lora.rank"),
+        (["--lora.rnak", "8"], "--lora.rnak, 8; did you mean --lora.rank?"),
+        (["--lora.rank", "many"], "command line: --lora.rank: 'many' is no whole number;"),
+        (["--train.learning-rate", "much"], "command line: --train.learning-rate: 'much' is no number;"),
+        (["--train.seed"], "'--train.seed'"),
+        (["--overwite"], "did you mean --overwrite?;"),
         (["--lora.rank", "0"], "rank is 0"),
         (["--train.epochs", "0"], "epochs is 0"),
         (["no_such.toml"], "no_such.toml"),

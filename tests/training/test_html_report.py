@@ -49,6 +49,18 @@ def test_what_data_contains_is_shown_as_text(run_folder):
     assert "&lt;script&gt;document.title" in page and "a&lt;b&gt;" in page
 
 
+def test_a_report_tells_no_mistakes_from_no_test_scores(run_folder):
+    report = json.loads(run_folder.report.read_text())
+
+    def page(**changes):
+        run_folder.report.write_text(json.dumps(report | changes))
+        write_html_report(run_folder)
+        return run_folder.html.read_text()
+
+    assert "None: every text was given its own class" in page(mistakes=[])
+    assert "mistakes" not in page(mistakes=[], test=None, complete=False)
+
+
 def test_names_of_classes_are_text_in_the_drawings_too(run_folder):
     report = json.loads(run_folder.report.read_text())
     report["label_names"] = ["<script>a&b", "</svg><b>"]

@@ -20,7 +20,7 @@ def run_folder(tiny_config):
     return RunFolder(read_config(tiny_config).output)
 
 
-def test_a_card_holds_the_reports_numbers_and_its_code_loads_the_adapter(run_folder):
+def test_a_card_holds_the_reports_numbers_and_its_code_classifies(run_folder, capsys):
     card = run_folder.card.read_text()
     report = json.loads(run_folder.report.read_text())
     assert f"| test accuracy | {100 * report['test']['accuracy']:.2f} % |" in card
@@ -30,12 +30,23 @@ def test_a_card_holds_the_reports_numbers_and_its_code_loads_the_adapter(run_fol
     assert run_folder.config.read_text().strip() in card
 
     (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    code = code.replace("tokenizer = ", "# ")  # the tiny tokenizer of the tests is no class of theirs
-    loaded = {}
-    exec(code, loaded)
-    texts = ["goal in the cup", "oil price today"]
-    ours = classify(load_trained(Arguments(run=run_folder.path)), texts)
     tokenizer = TextTokenizer.from_directory(run_folder.adapter, 16)
+
+    def their_tokenizer(text, **options):  # the tiny tokenizer of the tests is no class of theirs
+        assert options == {
+            "truncation": True,
+            "max_length": report["config"]["data"]["max_length"],
+            "return_tensors": "pt",
+        }
+        return {"input_ids": torch.tensor(tokenizer.encode_batch([text]))}
+
+    code, replaced = re.subn(r"tokenizer = .*", "tokenizer = their_tokenizer", code)
+    texts = ["goal in the cup", "oil price today"]
+    loaded = {"their_tokenizer": their_tokenizer}
+    exec(code.replace('"one text"', repr(texts[0])), loaded)
+    said = capsys.readouterr().out.splitlines()[-1]
+    ours = classify(load_trained(Arguments(run=run_folder.path)), texts)
+    assert replaced == 1 and said == report["label_names"][ours[0].argmax()]
     with torch.no_grad():
         logits = [loaded["model"](torch.tensor([ids])).logits[0] for ids in tokenizer.encode_batch(texts)]
     torch.testing.assert_close(torch.stack(logits).softmax(dim=-1), ours, rtol=1e-5, atol=1e-6)
@@ -56,6 +67,11 @@ def test_cards_of_other_runs(run_folder):
 
     bert = card(origins=report["origins"] | {"model_type": "bert"})  # merged before transformers opens it
     assert "--export merged/" in bert and "PeftModel" not in bert
+    assert "cleans a text" not in bert
+
+    cleaning = report["config"]["data"] | {"cleaning": {"html": True, "punctuation": False, "lowercase": True}}
+    cleaned = card(config=report["config"] | {"data": cleaning})
+    assert "cleans a text as training did (html, lowercase;" in cleaned
 
     evil = "<b>a|b</b>\n# [x](http://y) `z`"  # names from data stay text
     row = next(iter(report["test"]["per_class"].values()))
