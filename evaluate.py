@@ -29,6 +29,7 @@ from data.cleaning import CleaningConfig, make_cleaner
 from data.sources import DataConfig, Split, load_source, read_unlabelled
 from lora.adapter import adapter_shapes, load_adapter, read_base_model
 from lora.inject import merge_lora, unload_lora
+from ops.memory import keep_freed_memory
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
 from roberta.tokenizer import TextTokenizer
@@ -133,6 +134,7 @@ def load_trained(arguments: Arguments) -> Trained:
     settings = config.train if config else TrainConfig()
     precision = arguments.precision or settings.precision
     compute = choose_compute(dataclasses.replace(settings, device=arguments.device, precision=precision))
+    keep_freed_memory()
     model.to(compute.device).eval()
     data = config.data if config else DataConfig()
     max_length = min(data.max_length, model_config.max_length)  # another base may have fewer positions

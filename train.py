@@ -27,6 +27,7 @@ from data.batching import Batch, encode_split, evaluation_batches, training_batc
 from data.sources import Split, load_source
 from lora.adapter import load_adapter, save_adapter
 from lora.inject import count_parameters, inject_lora
+from ops.memory import keep_freed_memory
 from roberta.config import RobertaConfig, model_type
 from roberta.tokenizer import TextTokenizer
 from roberta.weights import has_head, load_checkpoint
@@ -175,6 +176,7 @@ def train(config: RunConfig, world: World = ALONE) -> int:
     use_determinism(settings.deterministic)
     world.take_gpu(settings.device)
     compute = choose_compute(settings)
+    keep_freed_memory()
     seed_everything(settings.seed)
 
     # --- text ---------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ or dropped, is in docs/performance.md.
 from __future__ import annotations
 
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,12 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import lora.packed
 import ops.linear
 from benchmarks import against_peft as bench
 from lora.linear import LoRALinear
 from lora.packed import PackedLoRALinear
 from ops.dropout import Dropout, dropout_mask, rounded
 from ops.linear import linear
+from ops.memory import keep_freed_memory
 from roberta.model import Attention, Roberta
 from training.command_line import parse_options, run_command
 from training.config import TrainConfig
@@ -71,8 +74,13 @@ def sum_of_two(self: PackedLoRALinear, x: Tensor, blocks: tuple[str, ...] | None
     modules = [self.get_submodule(name) for name in blocks or self.packed_blocks]
     bases = [module.base if isinstance(module, LoRALinear) else module for module in modules]
     y = linear(x, torch.cat([base.weight for base in bases]), torch.cat([base.bias for base in bases]))
-    low = F.linear(modules[0].dropout(x), torch.cat([module.lora_A for module in modules]))
-    return y + F.linear(low, torch.block_diag(*(module.scaling * module.lora_B for module in modules)))
+    low = linear(modules[0].dropout(x), torch.cat([module.lora_A for module in modules]))
+    return y + linear(low, torch.block_diag(*(module.scaling * module.lora_B for module in modules)))
+
+
+def torchs_product(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """The update's second product, and the two of its backward pass, by torch's own matmul."""
+    return y.addmm_(x, weight.t())
 
 
 def fused_attention(self: Attention, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor) -> Tensor:
@@ -99,6 +107,7 @@ CHANGES: list[tuple[str, float, Any, str, Any]] = [
     ("masks kept as bytes", 0.1, Dropout, "forward", float_masks),
     ("last layer on <s> alone", 0.0, Roberta, "forward", all_tokens),
     ("query, key, value and their updates packed", 0.0, PackedLoRALinear, "forward", three_projections),
+    ("thin products by oneDNN", 0.0, lora.packed, "add_product_", torchs_product),
     ("update added into the base product", 0.0, PackedLoRALinear, "forward", sum_of_two),
 ]
 
@@ -106,16 +115,50 @@ CHANGES: list[tuple[str, float, Any, str, Any]] = [
 def worth(name: str, with_it: Callable[[], Any], without: Callable[[], Any], compute: Compute, pairs: int) -> None:
     """Measure by turns and print a row."""
     ratio = bench.by_turns(name, with_it, without, compute, pairs, warm_up=2)
-    low, high = min(ratio.ratios), max(ratio.ratios)
+    show(name, ratio.ratios, ratio.ours, ratio.theirs)
+
+
+def show(name: str, ratios: list[float], with_it: float, without: float) -> None:
+    """Print a row: ratio of the pairs, and the median times in seconds."""
     say(
-        f"{name:<46} {statistics.median(ratio.ratios):5.2f}x  ({low:.2f} to {high:.2f})   "
-        f"{1000 * ratio.ours:6.0f} ms with, {1000 * ratio.theirs:6.0f} ms without"
+        f"{name:<46} {statistics.median(ratios):5.2f}x  ({min(ratios):.2f} to {max(ratios):.2f})   "
+        f"{1000 * with_it:6.0f} ms with, {1000 * without:6.0f} ms without"
     )
+
+
+_STEP = """
+import statistics, sys
+from benchmarks import against_peft as bench
+from ops.memory import keep_freed_memory
+from training.config import TrainConfig
+from training.precision import choose_compute
+kept, model, rows, length = sys.argv[1] == "kept", sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+compute = choose_compute(TrainConfig(device="cpu"))
+if kept:
+    keep_freed_memory()
+batch = bench.random_batch(bench.MODELS[model], rows, length, compute.device)
+step = bench.our_step(bench.our_model(bench.MODELS[model], 0.0), compute)
+step(batch)
+print(statistics.median(bench.seconds_of(lambda: step(batch), compute) for _ in range(5)))
+"""
+
+
+def kept_memory(name: str, model: str, rows: int, length: int, pairs: int) -> None:
+    """Measure processes by turns, as malloc is told once for all, and print a row."""
+    seconds: dict[str, list[float]] = {"kept": [], "given back": []}
+    for _ in range(pairs):
+        for how, found in seconds.items():
+            command = [sys.executable, "-c", _STEP, how, model, str(rows), str(length)]
+            found.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    kept, given_back = seconds.values()
+    ratios = [b / a for a, b in zip(kept, given_back, strict=True)]
+    show(name, ratios, statistics.median(kept), statistics.median(given_back))
 
 
 def main(arguments: Arguments) -> int:
     """Print a row for each change. Returns the exit code."""
     compute = choose_compute(TrainConfig(device="cpu"))
+    keep_freed_memory()
     torch.manual_seed(0)
     batch = bench.random_batch(bench.MINILM, 32, 64, compute.device)
     say(f"{bench.processor()}, {compute.describe()}, torch {torch.__version__}; MiniLM, 32 x 64, r = 6 on q, k, v")
@@ -129,6 +172,11 @@ def main(arguments: Arguments) -> int:
                 step(batch)
 
         worth(name, lambda step=step: step(batch), without, compute, arguments.pairs)
+
+    for model, rows, length in (("minilm", 32, 64), ("base", 32, 128)):
+        name = f"memory kept, {model} {rows} x {length}"
+        if arguments.only in name:
+            kept_memory(name, model, rows, length, arguments.pairs // 2)
 
     if arguments.only in "bfloat16 on this CPU":
         half = Compute(torch.device("cpu"), "bf16")

@@ -38,6 +38,7 @@ from data.batching import Batch
 from lora.config import LoRAConfig
 from lora.inject import inject_lora, merge_lora
 from ops.linear import linear
+from ops.memory import keep_freed_memory
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
 from train import make_optimizer, make_schedule, train_step
@@ -294,6 +295,7 @@ def torchs_matmuls() -> Iterator[None]:
 _MEMORY = """
 import sys
 from benchmarks import against_peft as bench, theirs
+from ops.memory import keep_freed_memory
 from training.config import TrainConfig
 from training.precision import choose_compute
 from training.report import peak_memory_bytes
@@ -302,6 +304,7 @@ compute = choose_compute(TrainConfig(device=device))
 config = bench.MODELS[model]
 batch = bench.random_batch(config, rows, length, compute.device)
 if side == "ours":
+    keep_freed_memory()
     model = bench.our_model(config, 0.1).to(compute.device)
     compute.cast_frozen(model.roberta)
     step = bench.our_step(model, compute)
@@ -433,6 +436,7 @@ def main(arguments: Arguments) -> int:
     """Measure, print, write. Returns the exit code."""
     theirs.quiet()
     compute = choose_compute(TrainConfig(device=arguments.device))
+    keep_freed_memory()  # as train.py does; here the other side has it too, which in a process of its own it has not
     torch.manual_seed(0)
     started = time.perf_counter()
     where = compute.describe() if compute.device.type == "cuda" else f"{processor()}, {compute.describe()}"

@@ -22,6 +22,7 @@ import torch
 from data.batching import EncodedSplit, collate
 from lora.config import LoRAConfig
 from lora.inject import count_parameters, inject_lora
+from ops.memory import keep_freed_memory
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
 from train import make_optimizer, make_schedule, train_step
@@ -76,6 +77,7 @@ def measure(arguments: Arguments, world: World) -> None:
     """Print the median time of a step, and of its message alone."""
     world.take_gpu(arguments.device)
     compute = choose_compute(TrainConfig(device=arguments.device))
+    keep_freed_memory()
     torch.manual_seed(0)
     model = RobertaForSequenceClassification(RobertaConfig(label_names=tuple("abcd")))
     inject_lora(model, LoRAConfig(rank=6, alpha=14, target_modules=("query", "key", "value")))

@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from ops.memory import keep_freed_memory
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
 from training.command_line import parse_options, run_command
@@ -40,6 +41,7 @@ class Arguments:
 def main(arguments: Arguments) -> int:
     """Print the time of a call of each and the ratio of every pair of calls: median and range."""
     compute = choose_compute(TrainConfig(device=arguments.device))
+    keep_freed_memory()
     labels = tuple("abcd")
     sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
     models = {

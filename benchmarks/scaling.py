@@ -30,6 +30,7 @@ import torch
 from benchmarks import against_peft as bench
 from data.batching import encode_split, training_batches
 from data.sources import Split
+from ops.memory import keep_freed_memory
 from roberta.tokenizer import TextTokenizer
 from training.command_line import parse_options, run_command
 from training.config import TrainConfig
@@ -64,6 +65,7 @@ class Arguments:
 def step_cost(batch: int, length: int, rank: int, layers: int) -> dict[str, float]:
     """Seconds of a training step (median of three to nine after one) and the process's peak memory in MiB."""
     compute = choose_compute(TrainConfig(device="cpu"))
+    keep_freed_memory()
     torch.manual_seed(0)
     config = dataclasses.replace(bench.MINILM, num_hidden_layers=layers)
     lora = dataclasses.replace(bench.LORA, rank=rank)

@@ -7,11 +7,10 @@ read it three times. What a packed projection is: `roberta.model.PackedLinear`, 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora.linear import LoRALinear
-from ops.linear import linear
+from ops.linear import add_product_, linear
 
 
 class PackedLoRALinear(nn.Module):
@@ -53,6 +52,6 @@ class PackedLoRALinear(nn.Module):
                 for module, base in zip(modules, bases, strict=True)
             )
         )
-        low = F.linear(adapted[0].dropout(x), stacked_A.to(x.dtype))  # (tokens, sum r)
-        # y += low B^T, into y itself, whose old value no gradient needs: one pass over memory less than a sum.
-        return y.addmm_(low.to(y.dtype), stacked_B.to(y.dtype).T).view(*shape, y.shape[-1])
+        low = linear(adapted[0].dropout(x), stacked_A.to(x.dtype))  # (tokens, sum r)
+        # Into y itself, whose old value no gradient needs: one pass over memory less than a sum.
+        return add_product_(y, low.to(y.dtype), stacked_B.to(y.dtype)).view(*shape, y.shape[-1])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ops import linear as module
-from ops.linear import Linear, linear
+from ops.linear import Linear, add_product_, linear
 
 needs_onednn = pytest.mark.skipif(module._ONEDNN is None, reason="this build of torch has no oneDNN")
 
@@ -52,6 +52,49 @@ def test_values_and_gradients_are_those_of_the_formula(rows, inputs, outputs, bi
             close(b.grad, flat.sum(dim=0))
     else:
         assert weight.grad is None
+
+
+@settings(max_examples=40)
+@given(
+    tokens=st.integers(1, 300),
+    inputs=st.integers(1, 20),
+    outputs=st.integers(1, 70),
+    trained=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    strided=st.booleans(),
+)
+def test_a_product_is_added_with_the_values_and_gradients_of_the_formula(tokens, inputs, outputs, trained, strided):
+    torch.manual_seed(0)
+    before, x, weight = torch.randn(tokens, outputs), torch.randn(tokens, inputs), torch.randn(outputs, inputs)
+    before, x, weight = (part.requires_grad_(on) for part, on in zip((before, x, weight), trained, strict=True))
+    y = before * 1.0  # no leaf
+    result = add_product_(y, x, weight)
+    exact_x, exact_w = x.detach().double(), weight.detach().double()
+    assert result is y
+    close(result, before.detach().double() + exact_x @ exact_w.T)
+    if not any(trained):
+        assert not result.requires_grad
+        return
+    upstream = torch.randn(outputs, tokens).T if strided else torch.randn(tokens, outputs)
+    result.backward(upstream)
+    expected = (upstream.double(), upstream.double() @ exact_w, upstream.double().T @ exact_x)
+    for part, on, gradient in zip((before, x, weight), trained, expected, strict=True):
+        assert (part.grad is not None) == on
+        if on:
+            close(part.grad, gradient)
+
+
+@needs_onednn
+def test_a_thin_update_goes_by_onednn_in_float32_alone(monkeypatch):
+    calls = []
+    product = module._product
+    monkeypatch.setattr(module, "_product", lambda *arguments: calls.append(1) or product(*arguments))
+    for dtype, wanted in ((torch.float32, 2), (torch.float64, 0)):
+        x, weight = (torch.randn(6, 4, dtype=dtype, requires_grad=True) for _ in range(2))
+        add_product_(torch.zeros(6, 6, dtype=dtype), x, weight).sum().backward()
+        torch.testing.assert_close(x.grad, weight.sum(dim=0).expand(6, 4))
+        torch.testing.assert_close(weight.grad, x.sum(dim=0).expand(6, 4))
+        assert len(calls) == wanted
+        calls.clear()
 
 
 @needs_onednn

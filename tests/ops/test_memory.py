@@ -1,0 +1,39 @@
+"""What is freed stays with the process: no page of a second tensor is asked for again."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import resource, sys, torch
+from ops.memory import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+for _ in range(20):  # until a hole is large enough for a tensor and what its alignment needs
+    torch.ones(1 << 24)  # 64 MiB, freed at once
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    torch.ones(1 << 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(how):
+    """Pages asked for while five tensors of 64 MiB are made and freed, one after the other."""
+    done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc's settings are those of glibc")
+def test_a_large_tensor_is_made_of_the_pages_of_one_before():
+    assert faults("kept") < 50 < 5 * 32 <= faults("given back")  # pages are of 4 KiB, huge ones of 2 MiB
+
+
+def test_elsewhere_nothing_is_changed(monkeypatch):
+    from ops import memory
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: pytest.fail("looked for glibc"))
+    memory.keep_freed_memory()
