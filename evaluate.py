@@ -29,6 +29,7 @@ from data.cleaning import CleaningConfig, make_cleaner
 from data.sources import DataConfig, Split, load_source, read_unlabelled
 from lora.adapter import adapter_shapes, load_adapter, read_base_model
 from lora.inject import merge_lora, unload_lora
+from ops.files import written_whole
 from ops.memory import keep_freed_memory
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
@@ -200,16 +201,11 @@ def write_predictions(trained: Trained, arguments: Arguments) -> None:
     data = trained.config.data if trained.config else DataConfig()
     ids, texts = read_unlabelled(source, arguments.text_columns or data.text_columns, arguments.id_column)
     predicted = classify(trained, texts).argmax(dim=1).tolist()
-    part = out.with_name(f"{out.name}.part")
-    try:
-        with part.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(("ID", "label"))
-            labels = predicted if arguments.indices else [trained.label_names[i] for i in predicted]
-            writer.writerows(zip(ids, labels, strict=True))
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)
+    with written_whole(out) as part, part.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("ID", "label"))
+        labels = predicted if arguments.indices else [trained.label_names[i] for i in predicted]
+        writer.writerows(zip(ids, labels, strict=True))
     say(f"written     {out}: {len(ids):,} rows")
 
 

@@ -175,7 +175,7 @@ def step_ratio(
         lambda: their(batch),
         compute,
         pairs,
-        warm_up=2 if pairs > 3 else 0,
+        warm_up=2 if pairs > 4 else 1,
     )
     return dataclasses.replace(ratio, more=f"   {rows * length / ratio.ours:,.0f} tokens/s")
 
@@ -402,13 +402,13 @@ def cpu_set(arguments: Arguments, compute: Compute) -> list[Callable[[], Ratio |
         ("step minilm 0.1", lambda: step_ratio("minilm", 32, 64, 0.1, compute, pairs)),
         ("step minilm 0", lambda: step_ratio("minilm", 32, 64, 0.0, compute, pairs)),
         ("step minilm 128 0.1", lambda: step_ratio("minilm", 32, 128, 0.1, compute, 4)),
-        ("step base 0.1", lambda: step_ratio("base", 32, 128, 0.1, compute, 2)),
-        ("step base 0", lambda: step_ratio("base", 32, 128, 0.0, compute, 2)),
+        ("step base 0.1", lambda: step_ratio("base", 32, 128, 0.1, compute, 4)),
+        ("step base 0", lambda: step_ratio("base", 32, 128, 0.0, compute, 4)),
         ("inference minilm", lambda: inference_ratio("minilm", 32, 64, compute, pairs)),
         ("inference base", lambda: inference_ratio("base", 32, 128, compute, 2)),
         ("full minilm", lambda: full_against_lora("minilm", 32, 64, compute, pairs)),
         ("efficiency minilm", lambda: efficiency("minilm", 32, 64, compute, pairs)),
-        ("efficiency base", lambda: efficiency("base", 32, 128, compute, 2)),
+        ("efficiency base", lambda: efficiency("base", 32, 128, compute, 4)),
         ("memory base", lambda: memory_ratio("base", 32, 128, compute)),
     ]
     if (arguments.text / "train.csv").is_file():

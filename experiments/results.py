@@ -73,7 +73,7 @@ def _row(name: str, group: list[Planned], runs: Path, limit: int) -> Row:
         folder = RunFolder(runs / run.folder)
         try:
             report = json.loads(folder.report.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         if report["complete"]:
             reports.append((folder.path, report))

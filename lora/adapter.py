@@ -28,7 +28,7 @@ from lora.config import LoRAConfig, LoRAError
 from lora.inject import inject_lora, lora_layers
 from lora.linear import LoRALinear
 from lora.targets import could_hang, matches, pattern_value
-from ops.files import not_floats, open_safetensors, read_settings
+from ops.files import not_floats, open_safetensors, read_settings, written_whole
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -103,9 +103,11 @@ def save_adapter(
     for ours, theirs in _FIELDS.items():
         value = getattr(config, ours)
         fields[theirs] = list(value) if isinstance(value, tuple) else dict(value) if "pattern" in ours else value
-    _write_whole(directory / WEIGHTS_NAME, save(tensors, metadata={"format": "pt"}))
+    with written_whole(directory / WEIGHTS_NAME) as part:
+        part.write_bytes(save(tensors, metadata={"format": "pt"}))
     # Sorted by name, but not within the patterns: the first that matches counts, so their order is part of the meaning.
-    _write_whole(directory / CONFIG_NAME, (json.dumps(dict(sorted(fields.items())), indent=2) + "\n").encode())
+    with written_whole(directory / CONFIG_NAME) as part:
+        part.write_text(json.dumps(dict(sorted(fields.items())), indent=2) + "\n", encoding="utf-8")
 
 
 def load_adapter(model: nn.Module, directory: str | Path) -> LoRAConfig:
@@ -323,18 +325,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise LoRAError(f"{path}: holds no JSON object; fetch the adapter again")
     return raw
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is either the old one or the whole new one; an OSError names it."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _refuse(path: Path, problem: str, keys: set[str], mend: str) -> None:

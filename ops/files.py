@@ -1,4 +1,4 @@
-"""Files from strangers, looked at before they are read: what they are, how large they are, what they claim to hold.
+"""Files: those of strangers looked at before they are read, our own written whole or not at all.
 
 A checkpoint or an adapter is a folder that anyone may have made. What is read of it are JSON and safetensors, neither
 of which can run code; what is left are files that never end (a link to /dev/zero, a pipe) or claim to be larger than
@@ -7,9 +7,11 @@ memory. They are refused by their first bytes.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +71,19 @@ def not_floats(file: Any) -> list[str]:
     """
     types = {key: file.get_slice(key).get_dtype() for key in file.keys()}
     return [f"{key} ({kind})" for key, kind in types.items() if kind not in _FLOATS]
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; at the end of the block it takes the place of `path`, in one step.
+
+    If the block raises, `path` is what it was, and an OSError names it. What a killed process left is written over.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        yield part
+        part.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+    finally:
+        part.unlink(missing_ok=True)

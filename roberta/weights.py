@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ops.files import not_floats, open_safetensors
+from ops.files import not_floats, open_safetensors, written_whole
 from roberta.config import CheckpointError, RobertaConfig, model_type
 from roberta.model import RobertaForSequenceClassification
 from roberta.tokenizer import TextTokenizer
@@ -140,16 +140,13 @@ def save_checkpoint(
         raise ValueError("this model carries adapters; merge and unload them before saving it as a checkpoint")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    part = directory / f"{WEIGHTS_NAME}.part"
     (directory / CONFIG_NAME).write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
-    try:
-        save_file(tensors, str(part), metadata={"format": "pt"})
+    with written_whole(directory / WEIGHTS_NAME) as part:
+        try:
+            save_file(tensors, str(part), metadata={"format": "pt"})
+        except SafetensorError as error:  # the library's own error, also for a full disk
+            raise OSError(errno.EIO, str(error)) from None
         shutil.copymode(directory / CONFIG_NAME, part)  # the library lets the owner alone read it
-        part.replace(directory / WEIGHTS_NAME)
-    except SafetensorError as error:  # the library's own error, also for a full disk
-        raise OSError(errno.EIO, str(error), str(directory / WEIGHTS_NAME)) from None
-    finally:
-        part.unlink(missing_ok=True)
     if tokenizer is not None:
         tokenizer.save(directory)
 

@@ -242,6 +242,46 @@ def test_only_the_newest_checkpoints_are_kept(command, whole, tmp_path):
     assert len(names) == 3 and len({len(name) for name in names}) == 1
 
 
+class Killed(BaseException):
+    pass
+
+
+def test_a_step_saved_again_never_leaves_none(tmp_path, monkeypatch):
+    """As after a resume that was stopped at once: one checkpoint is kept, and it is replaced."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _step: 1.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+
+    def save():
+        return checkpoint.save(tmp_path, checkpoint.Position(step=5), model, optimizer, schedule, scaler, {}, keep=1)
+
+    def killing(real, calls, at):
+        def call(*arguments, **options):
+            calls.append(real)
+            if len(calls) == at:
+                raise Killed
+            return real(*arguments, **options)
+
+        return call
+
+    save()
+    for at in range(1, 20):
+        calls = []
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint.Path, "rename", killing(checkpoint.Path.rename, calls, at))
+            patch.setattr(checkpoint.shutil, "rmtree", killing(shutil.rmtree, calls, at))
+            try:
+                save()
+            except Killed:
+                pass
+            else:
+                break
+        state, _, complaints = checkpoint.load(tmp_path)
+        assert state["position"]["step"] == 5 and not complaints, f"killed at call {at}"
+    assert at > 4 and [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+
+
 def test_checkpoints_come_by_the_clock_too(command, tmp_path, monkeypatch):
     clock = [0.0]
 

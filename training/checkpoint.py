@@ -12,11 +12,13 @@ are safetensors, the rest is JSON.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import random
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,10 +106,13 @@ def save(
         hashes = {name: sha256_of(part / name) for name in _FILES}
         _write(part / "sha256.json", lambda path: path.write_text(json.dumps(hashes), encoding="utf-8"))
         final = folder / f"step-{position.step:08d}"
+        old = folder / f"{final.name}.old"  # found by `load` if the process is killed here
+        shutil.rmtree(old, ignore_errors=True)
         if final.exists():  # the same step again, after a resume
-            shutil.rmtree(final)
+            final.rename(old)
         part.rename(final)
         _flush(folder)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     for old in _newest_first(folder)[keep:]:
@@ -148,57 +153,55 @@ def restore(
 
     Raises ConfigError if it is one of another run: a value is missing, or of another type or shape.
     """
+    with _refused_if_of_another_run():
+        with torch.no_grad():
+            for name, value in _trainable(model):
+                held = tensors[f"parameter/{name}"]
+                if held.shape != value.shape:  # `copy_` would repeat a single number
+                    raise ValueError(f"{name} is {list(held.shape)}, not {list(value.shape)}")
+                value.copy_(held)
+                moments = {
+                    key.split("/", 2)[1]: tensor
+                    for key, tensor in tensors.items()
+                    if key.startswith("optimizer/") and key.split("/", 2)[2] == name
+                }
+                if moments:  # AdamW counts steps in a tensor on the CPU, unless it is fused
+                    optimizer.state[value] = {
+                        key: moment
+                        if key == "step" and not optimizer.defaults.get("fused")
+                        else moment.to(value.device)
+                        for key, moment in moments.items()
+                    }
+        schedule.load_state_dict({**schedule.state_dict(), **state["schedule"]})
+        for group, rate in zip(optimizer.param_groups, state["learning_rates"], strict=True):
+            group["lr"] = rate
+        if state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+        version, numbers, gauss = state["python"]
+        random.setstate((version, tuple(numbers), gauss))
+        kind, numpy_keys, *numpy_rest = state["numpy"]
+        np.random.set_state((kind, np.array(numpy_keys, dtype=np.uint32), *numpy_rest))
+        torch.set_rng_state(tensors["random/torch"])
+        cuda = [tensors[f"random/cuda/{i}"] for i in range(len(tensors)) if f"random/cuda/{i}" in tensors]
+        if cuda and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(cuda)
+        values = dict(state["position"])
+        if values["best"] is not None:
+            values["best"] = Scores(**values["best"])
+        values["waiting"] = [(rate, loss) for rate, loss in values["waiting"]]
+        return Position(**values)
+
+
+@contextlib.contextmanager
+def _refused_if_of_another_run() -> Iterator[None]:
+    """Whatever does not fit becomes one ConfigError."""
     try:
-        return _restore(state, tensors, model, optimizer, schedule, scaler)
+        yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ConfigError(
             f"--resume: the checkpoint does not belong to this run ({what}); start again with --overwrite"
         ) from None
-
-
-def _restore(
-    state: dict[str, Any],
-    tensors: dict[str, Tensor],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    scaler: torch.amp.GradScaler,
-) -> Position:
-    with torch.no_grad():
-        for name, value in _trainable(model):
-            held = tensors[f"parameter/{name}"]
-            if held.shape != value.shape:  # `copy_` would repeat a single number
-                raise ValueError(f"{name} is {list(held.shape)}, not {list(value.shape)}")
-            value.copy_(held)
-            moments = {
-                key.split("/", 2)[1]: tensor
-                for key, tensor in tensors.items()
-                if key.startswith("optimizer/") and key.split("/", 2)[2] == name
-            }
-            if moments:  # AdamW counts steps in a tensor on the CPU, unless it is fused
-                optimizer.state[value] = {
-                    key: moment if key == "step" and not optimizer.defaults.get("fused") else moment.to(value.device)
-                    for key, moment in moments.items()
-                }
-    schedule.load_state_dict({**schedule.state_dict(), **state["schedule"]})
-    for group, rate in zip(optimizer.param_groups, state["learning_rates"], strict=True):
-        group["lr"] = rate
-    if state["scaler"]:
-        scaler.load_state_dict(state["scaler"])
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    kind, numpy_keys, *numpy_rest = state["numpy"]
-    np.random.set_state((kind, np.array(numpy_keys, dtype=np.uint32), *numpy_rest))
-    torch.set_rng_state(tensors["random/torch"])
-    cuda = [tensors[f"random/cuda/{i}"] for i in range(len(tensors)) if f"random/cuda/{i}" in tensors]
-    if cuda and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(cuda)
-    values = dict(state["position"])
-    if values["best"] is not None:
-        values["best"] = Scores(**values["best"])
-    values["waiting"] = [(rate, loss) for rate, loss in values["waiting"]]
-    return Position(**values)
 
 
 def check_fingerprints(found: dict[str, str], wanted: dict[str, str]) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import jinja2
 
+from ops.files import written_whole
+
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -27,9 +29,5 @@ def write_page(template: str, path: Path, **values: Any) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    part = path.with_name(f"{path.name}.part")  # one name: what a killed process left is written over
-    try:
+    with written_whole(path) as part:
         part.write_text(text, encoding="utf-8", errors="replace")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

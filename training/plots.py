@@ -52,7 +52,7 @@ def read_curves(folder: RunFolder) -> Curves:
     try:
         lines = read_metrics(folder.metrics) if folder.metrics.is_file() else []
         report = json.loads(folder.report.read_text(encoding="utf-8")) if folder.report.is_file() else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{folder.path}: a file is damaged ({error}); run again") from None
     steps = [line for line in lines if "split" not in line]
     return Curves(folder.path.name, steps, [line for line in lines if line.get("split") == "validation"], report)

@@ -22,7 +22,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ops.files import read_settings
+from ops.files import read_settings, written_whole
 from training.config import RunConfig, read_config, write_config
 from training.errors import ConfigError
 
@@ -143,12 +143,8 @@ class RunFolder:
         """Write report.json, whole or not at all."""
         if not self.writes:
             return
-        part = self.report.with_name("report.json.part")
-        try:
+        with written_whole(self.report) as part:
             part.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            part.replace(self.report)
-        finally:
-            part.unlink(missing_ok=True)
 
     def read_labels(self) -> tuple[str, ...]:
         """The class names. Raises ConfigError if the file is missing or broken."""

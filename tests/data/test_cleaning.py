@@ -127,6 +127,9 @@ TEXTS = st.lists(
 @example("&amp;amp;amp;lt;b&gt;")
 @example("&l<b>t;")
 @example("rose , .5")
+@example("0<P--=&GT;")
+@example("a <b\u200b>x")
+@example("to &HEARTS; and <bases> of")
 def test_a_step_applied_twice_is_the_step_applied_once(step, text):
     assert step(step(text)) == step(text)
 

@@ -88,6 +88,11 @@ def test_a_run_cut_off_shows_what_there_is_and_says_what_is_missing(run_folder):
 
 
 def test_damaged_files_are_named(run_folder, tmp_path):
+    whole = run_folder.report.read_text()
+    run_folder.report.write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="a file is damaged"):
+        write_html_report(run_folder)
+    run_folder.report.write_text(whole)
     run_folder.metrics.write_text("{broken\n")
     with pytest.raises(ConfigError, match="a file is damaged"):
         write_html_report(run_folder)
