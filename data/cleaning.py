@@ -156,7 +156,7 @@ def make_cleaner(config: CleaningConfig) -> Step:
 
     def clean(text: str) -> str:
         cleaned = functools.reduce(lambda so_far, step: step(so_far), steps, text)
-        # What is left can read as markup that it was not: <p--=> is <p - => by now, <bases> is <base>, &HEARTS; &hearts;.
+        # What is left can read as markup that it was not: <p--=> is <p - => by now, and <bases> is <base>.
         while config.html and clean_html(cleaned) != cleaned:
             cleaned = functools.reduce(lambda so_far, step: step(so_far), steps, cleaned)
         return cleaned if cleaned.strip() else text
