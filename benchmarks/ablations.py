@@ -176,7 +176,7 @@ def main(arguments: Arguments) -> int:
     for model, rows, length in (("minilm", 32, 64), ("base", 32, 128)):
         name = f"memory kept, {model} {rows} x {length}"
         if arguments.only in name:
-            kept_memory(name, model, rows, length, arguments.pairs // 2)
+            kept_memory(name, model, rows, length, max(1, arguments.pairs // 4))
 
     if arguments.only in "bfloat16 on this CPU":
         half = Compute(torch.device("cpu"), "bf16")

@@ -119,6 +119,15 @@ def _in_a_process(call: str) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def _memory_panel(axes: Axes, points: list[dict[str, Any]], x: list[Any], style: str) -> None:
+    """Peak memory from zero on a scale of its own, and the legend of both."""
+    memory = axes.twinx()
+    peaks = [point["peak_mib"] for point in points]
+    memory.plot(x, peaks, style, color=PALETTE[1], label="peak memory")
+    memory.set(ylabel="peak memory of the process (MiB)", ylim=(0, 1.1 * max(peaks)))
+    _legend_above(axes, memory)
+
+
 def _legend_above(*sides: Axes) -> None:
     """One legend for both scales, above the plot: within it, it would lie on a curve in one sweep or another."""
     lines = [line for side in sides for line in side.get_lines()]
@@ -142,10 +151,7 @@ def _panel(sweep: str, points: list[dict[str, Any]]) -> Callable[[Axes], None]:
         low, high = axes.get_ylim()
         ticks = [t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low / 1.5 <= t <= high * 1.5]
         axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
-        memory = axes.twinx()
-        memory.plot(x, [point["peak_mib"] for point in points], "s--", color=PALETTE[1], label="peak memory")
-        memory.set(ylabel="peak memory of the process (MiB)", ylim=(0, None))
-        _legend_above(axes, memory)
+        _memory_panel(axes, points, x, "s--")
 
     return draw
 
@@ -168,10 +174,10 @@ def _rows_panel(points: list[dict[str, Any]]) -> Callable[[Axes], None]:
         axes.set(xscale="log", yscale="log", xlabel="rows of the training split", ylabel="texts a second")
         axes.set_xticks(x, [f"{v:,}" for v in x], minor=False)
         axes.minorticks_off()
-        memory = axes.twinx()
-        memory.plot(x, [point["peak_mib"] for point in points], "^--", color=PALETTE[1], label="peak memory")
-        memory.set(ylabel="peak memory of the process (MiB)", ylim=(0, None))
-        _legend_above(axes, memory)
+        low, high = axes.get_ylim()
+        ticks = [t for t in (3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000) if low <= t <= high]
+        axes.set_yticks(ticks, [f"{t:,}" for t in ticks])
+        _memory_panel(axes, points, x, "^--")
 
     return draw
 
