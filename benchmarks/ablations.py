@@ -79,7 +79,7 @@ def sum_of_two(self: PackedLoRALinear, x: Tensor, blocks: tuple[str, ...] | None
 
 
 def torchs_product(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """The update's second product, and the two of its backward pass, by torch's own matmul."""
+    """The way back through the update's second product by torch's own matmul, as forward."""
     return y.addmm_(x, weight.t())
 
 
@@ -107,7 +107,7 @@ CHANGES: list[tuple[str, float, Any, str, Any]] = [
     ("masks kept as bytes", 0.1, Dropout, "forward", float_masks),
     ("last layer on <s> alone", 0.0, Roberta, "forward", all_tokens),
     ("query, key, value and their updates packed", 0.0, PackedLoRALinear, "forward", three_projections),
-    ("thin products by oneDNN", 0.0, lora.packed, "add_product_", torchs_product),
+    ("way back through the second thin product by oneDNN", 0.0, lora.packed, "add_product_", torchs_product),
     ("update added into the base product", 0.0, PackedLoRALinear, "forward", sum_of_two),
 ]
 

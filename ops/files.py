@@ -77,7 +77,8 @@ def not_floats(file: Any) -> list[str]:
 def written_whole(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; at the end of the block it takes the place of `path`, in one step.
 
-    If the block raises, `path` is what it was, and an OSError names it. What a killed process left is written over.
+    If the block raises, `path` is what it was, and any OSError in it names `path`. What a killed process left is
+    written over.
     """
     part = path.with_name(f"{path.name}.part")
     try:
@@ -86,4 +87,5 @@ def written_whole(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()

@@ -75,7 +75,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class _AddProduct(torch.autograd.Function):
     """y + x W^T, written into y:   dL/dy = G,   dL/dx = G W,   dL/dW = (x^T G)^T.
 
-    The last is dL/dW = G^T x in the form that is thin at the left for a thin x, several times as fast for oneDNN.
+    Forward it is BLAS's own product into place, which oneDNN's operator has not; the way back is oneDNN's. The last is
+    dL/dW = G^T x in the form that is thin at the left for a thin x, several times as fast for oneDNN.
     """
 
     @staticmethod
@@ -101,7 +102,7 @@ def add_product_(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """y + x W^T: (tokens, out), (tokens, in) and (out, in) -> y itself, whose old value is lost.
 
     Made for a thin x, as the update of LoRA has it. Raises RuntimeError if y is a leaf that needs a gradient, or a view
-    of one; as with `linear` there may be a first derivative only.
+    of one, or one of several views; as with `linear` there may be a first derivative only.
     """
     if not _by_onednn(x, weight):
         return y.addmm_(x, weight.t())
@@ -109,7 +110,7 @@ def add_product_(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN computes x W^T."""
+    """Whether oneDNN takes part in x W^T."""
     return (
         _ONEDNN is not None
         and x.device.type == "cpu"
@@ -118,6 +119,7 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
         and not torch.compiler.is_compiling()  # the compiler chooses for itself, and takes no such call from outside
         and x.dim() > 1
         and x.numel() > 0
+        and weight.numel() > 0
     )
 
 

@@ -253,33 +253,42 @@ def test_a_step_saved_again_never_leaves_none(tmp_path, monkeypatch):
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _step: 1.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
 
-    def save():
-        return checkpoint.save(tmp_path, checkpoint.Position(step=5), model, optimizer, schedule, scaler, {}, keep=1)
+    def save(seconds):
+        position = checkpoint.Position(step=5, seconds=seconds)
+        checkpoint.save(tmp_path, position, model, optimizer, schedule, scaler, {}, keep=1)
 
     def killing(real, calls, at):
         def call(*arguments, **options):
             calls.append(real)
-            if len(calls) == at:
+            if len(calls) >= at:  # whatever would have come after it does not come either
                 raise Killed
             return real(*arguments, **options)
 
         return call
 
-    save()
-    for at in range(1, 20):
+    def killed(seconds, at):
         calls = []
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint.Path, "rename", killing(checkpoint.Path.rename, calls, at))
             patch.setattr(checkpoint.shutil, "rmtree", killing(shutil.rmtree, calls, at))
             try:
-                save()
+                save(seconds)
             except Killed:
-                pass
-            else:
-                break
-        state, _, complaints = checkpoint.load(tmp_path)
-        assert state["position"]["step"] == 5 and not complaints, f"killed at call {at}"
-    assert at > 4 and [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+                return True
+        return False
+
+    save(0.0)
+    seconds, ends = 0.0, set()
+    for first in range(1, 20):
+        for second in range(1, 20):
+            again = killed(seconds + 1, first), killed(seconds + 2, second)
+            state, _, complaints = checkpoint.load(tmp_path)
+            assert seconds <= state["position"]["seconds"] <= seconds + 2 and not complaints, (first, second)
+            assert state["position"]["step"] == 5 and (again[1] or state["position"]["seconds"] == seconds + 2)
+            seconds = state["position"]["seconds"]
+            ends.add(again)
+    assert ends == {(True, True), (True, False), (False, True), (False, False)}
+    assert len([path for path in tmp_path.iterdir() if path.name.startswith("step-")]) == 1
 
 
 def test_checkpoints_come_by_the_clock_too(command, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from training.errors import ConfigError
 from training.scoring import Scores
 
 _FILES = ("tensors.safetensors", "state.json")
+_NAME = re.compile(r"step-(\d+)(?:\.(\d+))?")
 
 
 @dataclass
@@ -106,13 +108,13 @@ def save(
         hashes = {name: sha256_of(part / name) for name in _FILES}
         _write(part / "sha256.json", lambda path: path.write_text(json.dumps(hashes), encoding="utf-8"))
         final = folder / f"step-{position.step:08d}"
-        old = folder / f"{final.name}.old"  # found by `load` if the process is killed here
-        shutil.rmtree(old, ignore_errors=True)
-        if final.exists():  # the same step again, after a resume
-            final.rename(old)
+        superseded = [path for path in _newest_first(folder) if path.stem == final.name]
+        if superseded:  # the same step again, after a resume: a name of its own, so that there is never none
+            final = folder / f"{final.name}.{int(superseded[0].suffix[1:] or 0) + 1}"
         part.rename(final)
         _flush(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        for path in superseded:
+            shutil.rmtree(path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     for old in _newest_first(folder)[keep:]:
@@ -219,7 +221,10 @@ def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), reverse=True)
+    """step-00000130, step-00000120.1, step-00000120: a step that was saved again has a number behind it."""
+    names = [(_NAME.fullmatch(path.name), path) for path in folder.glob("step-*")]
+    found = [(int(name[1]), int(name[2] or 0), path) for name, path in names if name]
+    return [path for *_, path in sorted(found, reverse=True)]
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

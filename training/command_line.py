@@ -28,6 +28,8 @@ EXIT_BAD_INPUT = 2
 EXIT_LOST = 3
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
+_SUGGESTS = ("Perhaps you meant", "Arguments similar to")  # titles of tyro's, for one unknown option and for several
+
 # A CPU without memory is a plain RuntimeError of torch ("DefaultCPUAllocator: can't allocate memory", on Windows "not
 # enough memory"), and so is Apple's GPU ("MPS backend out of memory"). CUDA has an error of its own, but its libraries
 # have not (CUBLAS_STATUS_ALLOC_FAILED).
@@ -105,6 +107,6 @@ def _complaint(box: str) -> str:
     # int() and float() speak to programmers.
     wrong = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is no whole number", wrong)
     wrong = re.sub(r"could not convert string to float: (.*)", r"\1 is no number", wrong)
-    hints = next((section for section in sections if section[:1] == ["Perhaps you meant:"]), [])
-    options = dict.fromkeys(line.split()[0].strip(",") for line in hints if line.startswith("--"))
+    meant = [section for section in sections if section and section[0].startswith(_SUGGESTS)]
+    options = dict.fromkeys(line.split()[0].strip(",") for part in meant for line in part if line.startswith("--"))
     return wrong + (f"; did you mean {' or '.join(options)}?" if options else "")

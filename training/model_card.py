@@ -44,6 +44,7 @@ def write_model_card(folder: RunFolder) -> None:
         loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     environment.filters["md"] = escaped
+    environment.filters["python"] = repr
     text = environment.get_template("card.md").render(
         name=folder.path.name,
         path=folder.path,

@@ -1,5 +1,6 @@
 """What is freed stays with the process: no page of a second tensor is asked for again."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -20,15 +21,18 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def faults(how):
+def faults(how, **settings):
     """Pages asked for while five tensors of 64 MiB are made and freed, one after the other."""
-    done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
+    environment = {name: value for name, value in os.environ.items() if "MALLOC" not in name} | settings
+    command = [sys.executable, "-c", FAULTS, how]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return int(done.stdout)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc's settings are those of glibc")
 def test_a_large_tensor_is_made_of_the_pages_of_one_before():
     assert faults("kept") < 50 < 5 * 32 <= faults("given back")  # pages are of 4 KiB, huge ones of 2 MiB
+    assert faults("kept", MALLOC_TRIM_THRESHOLD_="131072") >= 5 * 32  # the user's own setting holds
 
 
 def test_elsewhere_nothing_is_changed(monkeypatch):
@@ -36,4 +40,6 @@ def test_elsewhere_nothing_is_changed(monkeypatch):
 
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: pytest.fail("looked for glibc"))
+    for setting in memory._SETTINGS:
+        monkeypatch.delenv(setting, raising=False)
     memory.keep_freed_memory()

@@ -73,6 +73,7 @@ def test_cards_of_other_runs(run_folder):
     cleaned = card(config=report["config"] | {"data": cleaning})
     assert "cleans a text as training did (html, lowercase;" in cleaned
 
+    assert "labels = ['\N{GRINNING FACE}']" in card(label_names=["\N{GRINNING FACE}"])  # as Python reads it
     evil = "<b>a|b</b>\n# [x](http://y) `z`"  # names from data stay text
     row = next(iter(report["test"]["per_class"].values()))
     named = card(label_names=[evil], test=report["test"] | {"per_class": {evil: row}})
