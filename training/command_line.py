@@ -108,5 +108,7 @@ def _complaint(box: str) -> str:
     wrong = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is no whole number", wrong)
     wrong = re.sub(r"could not convert string to float: (.*)", r"\1 is no number", wrong)
     meant = [section for section in sections if section and section[0].startswith(_SUGGESTS)]
+    # tyro keeps unknown options in a set, whose order changes from process to process; here they come as typed.
+    meant.sort(key=lambda section: (wrong.find(section[0].removesuffix(":").rpartition(" ")[2]), section[0]))
     options = dict.fromkeys(line.split()[0].strip(",") for part in meant for line in part if line.startswith("--"))
     return wrong + (f"; did you mean {' or '.join(options)}?" if options else "")
