@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,9 +74,25 @@ def not_floats(file: Any) -> list[str]:
     return [f"{key} ({kind})" for key, kind in types.items() if kind not in _FLOATS]
 
 
+def flush(path: Path) -> None:
+    """Wait until what a file holds, or the names in a folder, are on the disk and outlast a power cut.
+
+    A rename is in the folder, not in the file (Linux man-pages, fsync(2)). Raises OSError, but not where the file
+    system has no such thing as a flush (some network folders).
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; at the end of the block it takes the place of `path`, in one step.
+    """A name beside `path` to write to; at the end of the block it takes the place of `path`, in one step and for good.
 
     If the block raises, `path` is what it was, and any OSError in it names `path`. What a killed process left is
     written over.
@@ -83,7 +100,9 @@ def written_whole(path: Path) -> Iterator[Path]:
     part = path.with_name(f"{path.name}.part")
     try:
         yield part
+        flush(part)
         part.replace(path)
+        flush(path.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data.assets import sha256_of
-from ops.files import read_settings
+from ops.files import flush, read_settings
 from training.errors import ConfigError
 from training.scoring import Scores
 
@@ -112,7 +112,7 @@ def save(
         if superseded:  # the same step again, after a resume: a name of its own, so that there is never none
             final = folder / f"{final.name}.{int(superseded[0].suffix[1:] or 0) + 1}"
         part.rename(final)
-        _flush(folder)
+        flush(folder)
         for path in superseded:
             shutil.rmtree(path)
     finally:
@@ -236,14 +236,4 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 def _write(path: Path, write: Any) -> None:
     write(path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _flush(folder: Path) -> None:
-    """Make a rename last: it is in the folder, not in the file."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(path)
