@@ -35,11 +35,27 @@ def test_a_large_tensor_is_made_of_the_pages_of_one_before():
     assert faults("kept", MALLOC_TRIM_THRESHOLD_="131072") >= 5 * 32  # the user's own setting holds
 
 
-def test_elsewhere_nothing_is_changed(monkeypatch):
+@pytest.fixture
+def memory(monkeypatch):
+    """The module in an environment without settings of malloc."""
     from ops import memory
 
-    monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: pytest.fail("looked for glibc"))
     for setting in memory._SETTINGS:
         monkeypatch.delenv(setting, raising=False)
+    return memory
+
+
+def test_elsewhere_nothing_is_changed(memory, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: pytest.fail("looked for glibc"))
+    memory.keep_freed_memory()
+
+
+def test_another_library_of_linux_is_not_asked(memory, monkeypatch):
+    class Musl:
+        def mallopt(self, *_):
+            pytest.fail("numbers of glibc given to another malloc")
+
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: Musl())
     memory.keep_freed_memory()
