@@ -6,11 +6,14 @@ read it three times. What a packed projection is: `roberta.model.PackedLinear`, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lora.linear import LoRALinear
-from ops.linear import add_product_, linear
+from ops.linear import in_full_precision_on_cpu, linear, product
 
 
 class PackedLoRALinear(nn.Module):
@@ -39,11 +42,11 @@ class PackedLoRALinear(nn.Module):
         """(batch, ..., in) -> (batch, ..., sum of the blocks' out): the named blocks in the order given, or all."""
         modules = [self.get_submodule(name) for name in blocks or self.packed_blocks]
         bases = [module.base if isinstance(module, LoRALinear) else module for module in modules]
-        shape, x = x.shape[:-1], x.flatten(0, -2)  # (tokens, in): of 2-D input y is no view, and can be added to
-        y = linear(x, torch.cat([base.weight for base in bases]), torch.cat([base.bias for base in bases]))
+        weight = torch.cat([base.weight for base in bases])  # (sum out, in)
+        bias = torch.cat([base.bias for base in bases])
         adapted = [module for module in modules if isinstance(module, LoRALinear) and not module.merged]
         if not adapted:
-            return y.view(*shape, y.shape[-1])
+            return linear(x, weight, bias)
         stacked_A = torch.cat([module.lora_A for module in adapted])  # (sum r, in)
         # Block-diagonal (sum out, sum r); a block without an update contributes rows but no columns.
         stacked_B = torch.block_diag(
@@ -52,6 +55,67 @@ class PackedLoRALinear(nn.Module):
                 for module, base in zip(modules, bases, strict=True)
             )
         )
-        low = linear(adapted[0].dropout(x), stacked_A.to(x.dtype))  # (tokens, sum r)
-        # Into y itself, whose old value no gradient needs: one pass over memory less than a sum.
-        return add_product_(y, low.to(y.dtype), stacked_B.to(y.dtype)).view(*shape, y.shape[-1])
+        shape, x = x.shape[:-1], x.flatten(0, -2)  # (tokens, in)
+        dropped = adapted[0].dropout(x)  # x itself without dropout
+        if in_full_precision_on_cpu(x):
+            y = _Adapted.apply(x, None if dropped is x else dropped, weight, bias, stacked_A, stacked_B)
+        else:
+            y = linear(x, weight, bias)
+            y = torch.addmm(y, linear(dropped, stacked_A.to(x.dtype)).to(y.dtype), stacked_B.to(y.dtype).t())
+        return y.view(*shape, y.shape[-1])
+
+
+class _Adapted(torch.autograd.Function):
+    """y = x W^T + b + d A^T B^T, d being x or what dropout left of it, and the scales within B.
+
+    Without dropout it is y = x W'^T + b with W' = W + B A, which costs r numbers for each entry of W instead of each
+    token, and W' takes no more memory than the stacked W. The way back, with G = dL/dy and U = G B:
+
+        dL/dA = U^T d,   dL/dB = G^T (d A^T),   dL/dx = G W' without dropout, else dL/dx = G W and dL/dd = U A
+
+    G W and G B are one product with [W | B], so that G, the largest of all, is read once less.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor
+    ) -> Tensor:
+        x = x.contiguous()
+        low = None
+        if dropped is None:
+            weight = torch.addmm(weight, B, A)
+            y = product(x, weight, bias)
+        else:
+            low = product(dropped, A)  # (tokens, r): all that the update knows of x
+            y = product(x, weight, bias).addmm_(low, B.t())
+        # With dropout x itself is needed only where W is trained, as it may be in a block without an adapter.
+        kept = x if dropped is None or ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(kept, dropped, low, weight, A, B)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, dropped, low, weight, A, B = ctx.saved_tensors
+        needs_x, _, needs_weight, needs_bias, needs_A, needs_B = ctx.needs_input_grad
+        gradient = gradient.contiguous()
+        to_x, rank = None, len(A)
+        if needs_x:
+            inputs = weight.shape[1]
+            unused = B.new_zeros(len(B), -rank % 16)  # whole vectors of the processor
+            both = product(gradient, torch.cat([weight, B, unused], dim=1).t())
+            to_x, to_low = both[:, :inputs], both[:, inputs : inputs + rank].contiguous()
+        else:
+            to_low = product(gradient, B.t())
+        if dropped is None:
+            dropped, low, to_dropped = x, product(x, A), None
+        else:
+            to_dropped = product(to_low, A.t()) if ctx.needs_input_grad[1] else None
+        return (
+            to_x,
+            to_dropped,
+            product(gradient.t(), x.t()) if needs_weight else None,
+            gradient.sum(dim=0) if needs_bias else None,
+            product(to_low.t(), dropped.t()) if needs_A else None,
+            product(low.t(), gradient.t()).t() if needs_B else None,  # thin at the left: several times as fast
+        )

@@ -30,13 +30,32 @@ def _find_onednn() -> Any:
 _ONEDNN = _find_onednn()
 
 # oneDNN keeps the code it writes for each size of a product: 1,024 pieces unless told otherwise, between which batches
-# of ever other widths leave holes in the heap. A step of MiniLM needs 24. oneDNN reads this when it is first used.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+# of ever other widths leave holes in the heap. A step needs up to 46, and some count twice; with too few each step
+# writes them all anew. oneDNN reads this when it is first used.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b with nothing applied to the result: oneDNN could append an activation."""
-    return _ONEDNN(x, weight, bias, "none", [], "")
+def in_full_precision_on_cpu(x: Tensor) -> bool:
+    """Whether x is float32 or float64 on a CPU, and neither autocast nor a compiler decides how it is computed with.
+
+    Only then are gradients written out here and in what builds on it; elsewhere torch derives them.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()  # the compiler chooses for itself, and takes no such call from outside
+    )
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b of (rows, in), (out, in) and (out,) -> (rows, out), where no gradient is recorded.
+
+    x is contiguous, W too or the transpose of such a one: for other strides oneDNN has but slow code.
+    """
+    if not _by_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    return _ONEDNN(x, weight, bias, "none", [], "")  # oneDNN could append an activation
 
 
 class _Linear(torch.autograd.Function):
@@ -45,7 +64,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -54,10 +73,21 @@ class _Linear(torch.autograd.Function):
         gradient = gradient.contiguous()
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
-            _product(gradient, weight.t()) if needs_x else None,
-            _product(gradient.t(), x.t()) if needs_weight else None,
+            product(gradient, _transposed(weight)) if needs_x else None,
+            product(gradient.t(), x.t()) if needs_weight else None,
             gradient.sum(dim=0) if needs_bias else None,
         )
+
+
+def _transposed(weight: Tensor) -> Tensor:
+    """W^T, copied where reading W column by column is slower than that.
+
+    In a cache, columns of a matrix whose rows are a multiple of 1 KiB apart get in each other's way; the taller the
+    matrix, the more.
+    """
+    out_features, in_features = weight.shape
+    crowded = in_features % 256 == 0 and out_features > max(1024, in_features)
+    return weight.t().contiguous() if crowded else weight.t()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -65,59 +95,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     By oneDNN there is a first derivative only; a second raises RuntimeError.
     """
-    if not _by_onednn(x, weight):
+    if x.dim() < 2 or not _by_onednn(x, weight):
         return F.linear(x, weight, bias)
-    if x.dim() == 2:  # no view around the result, so that a caller may add to it in place
-        return _Linear.apply(x.contiguous(), weight, bias)
     return _Linear.apply(x.flatten(0, -2).contiguous(), weight, bias).view(*x.shape[:-1], -1)
 
 
-class _AddProduct(torch.autograd.Function):
-    """y + x W^T, written into y:   dL/dy = G,   dL/dx = G W,   dL/dW = (x^T G)^T.
-
-    Forward it is BLAS's own product into place, which oneDNN's operator has not; the way back is oneDNN's. The last is
-    dL/dW = G^T x in the form that is thin at the left for a thin x, several times as fast for oneDNN.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.mark_dirty(y)
-        return y.addmm_(x, weight.t())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        gradient = gradient.contiguous()
-        _, needs_x, needs_weight = ctx.needs_input_grad
-        return (
-            gradient,
-            _product(gradient, weight.t()) if needs_x else None,
-            _product(x.t(), gradient.t()).t() if needs_weight else None,
-        )
-
-
-def add_product_(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """y + x W^T: (tokens, out), (tokens, in) and (out, in) -> y itself, whose old value is lost.
-
-    Made for a thin x, as the update of LoRA has it. Raises RuntimeError if y is a leaf that needs a gradient, or a view
-    of one, or one of several views; as with `linear` there may be a first derivative only.
-    """
-    if not _by_onednn(x, weight):
-        return y.addmm_(x, weight.t())
-    return _AddProduct.apply(y, x, weight)
-
-
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN takes part in x W^T."""
+    """Whether oneDNN computes x W^T."""
     return (
         _ONEDNN is not None
-        and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()  # the compiler chooses for itself, and takes no such call from outside
-        and x.dim() > 1
+        and in_full_precision_on_cpu(x)
         and x.numel() > 0
         and weight.numel() > 0
     )

@@ -110,6 +110,56 @@ def test_packed_gradients_are_those_of_separate_layers(adapted):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("lowest", [False, True], ids=["x has a gradient", "x has none"])
+@pytest.mark.parametrize("adapted", SUBSETS, ids=lambda adapted: "+".join(adapted))
+def test_packed_gradients_with_dropout_and_whatever_else_is_trained(adapted, lowest, dropout, dtype):
+    results = []
+    for together in (True, False):
+        layer = packed(adapted, dropout).to(dtype).train()
+        for name in ("query", "key", "value"):  # biases everywhere, and the matrix of a block without an adapter
+            block = layer.get_submodule(name)
+            getattr(block, "base", block).bias.requires_grad_(True)
+        torch.manual_seed(4)
+        x = torch.randn(5, 3, 6, dtype=dtype, requires_grad=not lowest)
+        torch.manual_seed(5)
+        if together:
+            y = layer(x)
+        else:  # left to autograd, block by block, with the one mask that they share
+            dropped, parts = Dropout(dropout)(x), []
+            for name in ("query", "key", "value"):
+                block = layer.get_submodule(name)
+                base = getattr(block, "base", block)
+                parts.append(x @ base.weight.T + base.bias)
+                if block is not base:
+                    parts[-1] = parts[-1] + block.scaling * (dropped @ block.lora_A.T) @ block.lora_B.T
+            y = torch.cat(parts, dim=-1)
+        y.square().sum().backward()
+        trained = {name: p.grad for name, p in layer.named_parameters() if p.requires_grad}
+        assert any(name in trained for name in ("query.weight", "key.weight", "value.weight")) == (len(adapted) < 3)
+        results.append({"y": y, **({} if lowest else {"x": x.grad}), **trained})
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    for name, expected in results[1].items():
+        deviation = (results[0][name] - expected).abs().max() / expected.abs().max()
+        assert deviation < tolerance, f"{name}: {deviation:.1e}"
+
+
+def test_what_decides_the_packed_gradients_is_all_that_is_kept():
+    def kept(dropout):
+        layer = PackedLoRALinear(packed({"query": (2, 8.0), "value": (3, 4.0)}, dropout)).train()
+        layer.requires_grad_(False)
+        layer.get_submodule("query").lora_A.requires_grad_(True)
+        found = []
+        x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(tuple(t.shape)) or t, lambda t: t):
+            layer(x)
+        return found
+
+    assert kept(0.0).count((7, 6)) == 1 and (13, 6) in kept(0.0)  # x and W + B A
+    assert kept(0.5).count((7, 6)) == 2  # what dropout left of x, and the mask; not x
+
+
 @pytest.mark.parametrize("merged", [False, True])
 def test_packed_layer_takes_an_empty_batch(merged):
     layer = packed({"query": (2, 8.0)})
