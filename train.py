@@ -95,18 +95,18 @@ def train_step(
 
 
 def make_optimizer(
-    model: nn.Module, learning_rate: float, weight_decay: float, decay_bias_and_norm: bool, fused: bool = False
+    model: nn.Module, learning_rate: float, weight_decay: float, decay_bias_and_norm: bool
 ) -> torch.optim.AdamW:
     """AdamW over the trainable parameters (Loshchilov & Hutter 2017, algorithm 2).
 
     Decay pulls matrices towards zero; biases and LayerNorm's parameters, all vectors, are left alone unless asked
-    for. `fused` does the whole update in one GPU kernel.
+    for. "Fused": one pass over each tensor (one kernel on a GPU) instead of one for each term of the formula.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trainable if decay_bias_and_norm or parameter.ndim > 1]
     spared = [parameter for parameter in trainable if not decay_bias_and_norm and parameter.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, fused=fused or None)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, fused=True)
 
 
 def make_schedule(
@@ -233,13 +233,7 @@ def train(config: RunConfig, world: World = ALONE) -> int:
     compute.cast_frozen(model.roberta)  # 16-bit runs: frozen weights rounded once, not in every step
     model.to(compute.device)
     stepped = compute.compiled(model, settings.compile)  # the same parameters; only training steps go through it
-    optimizer = make_optimizer(
-        model,
-        settings.learning_rate,
-        settings.weight_decay,
-        settings.decay_bias_and_norm,
-        fused=compute.device.type == "cuda",
-    )
+    optimizer = make_optimizer(model, settings.learning_rate, settings.weight_decay, settings.decay_bias_and_norm)
     scaler = compute.grad_scaler()
 
     def save_best() -> None:

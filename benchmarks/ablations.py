@@ -15,21 +15,22 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import lora.packed
 import ops.linear
+import roberta.attention
+import roberta.model
 from benchmarks import against_peft as bench
-from lora.linear import LoRALinear
-from lora.packed import PackedLoRALinear
+from lora.packed import PackedLoRALinear, _Adapted
 from ops.dropout import Dropout, dropout_mask, rounded
 from ops.linear import linear
 from ops.memory import keep_freed_memory
-from roberta.model import Attention, Roberta
+from roberta.attention import _split_heads
+from roberta.model import Roberta
 from training.command_line import parse_options, run_command
 from training.config import TrainConfig
 from training.precision import Compute, choose_compute
@@ -42,6 +43,8 @@ class Arguments:
 
     only: str = ""
     """Only the rows whose name contains this."""
+    model: Literal["minilm", "base"] = "minilm"
+    """MiniLM's sizes and 32 texts of 64 tokens, or RoBERTa-base's and 32 of 128."""
     pairs: int = 12
     """Pairs of steps for each."""
 
@@ -69,24 +72,23 @@ def three_projections(self: PackedLoRALinear, x: Tensor, blocks: tuple[str, ...]
     return torch.cat([self.get_submodule(name)(x) for name in blocks or self.packed_blocks], dim=-1)
 
 
-def sum_of_two(self: PackedLoRALinear, x: Tensor, blocks: tuple[str, ...] | None = None) -> Tensor:
-    """Packed, but the update is a tensor of its own that is added to the base's."""
-    modules = [self.get_submodule(name) for name in blocks or self.packed_blocks]
-    bases = [module.base if isinstance(module, LoRALinear) else module for module in modules]
-    y = linear(x, torch.cat([base.weight for base in bases]), torch.cat([base.bias for base in bases]))
-    low = linear(modules[0].dropout(x), torch.cat([module.lora_A for module in modules]))
-    return y + linear(low, torch.block_diag(*(module.scaling * module.lora_B for module in modules)))
+def update_by_autograd(x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """Packed, but the update is a product of its own, there and back, whose gradients torch derives."""
+    return linear(x, weight, bias) + linear(linear(x if dropped is None else dropped, A), B)
 
 
-def torchs_product(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """The way back through the update's second product by torch's own matmul, as forward."""
-    return y.addmm_(x, weight.t())
+def torchs_products(a: Tensor, b: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+    """Attention's products by torch's own matmul."""
+    return torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=scale, out=out)
 
 
-def fused_attention(self: Attention, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor) -> Tensor:
-    """torch's attention also with dropout, where a CPU has no fused kernel and draws torch's masks."""
-    p = self.dropout.p if self.training else 0.0
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask, dropout_p=p)
+def fused_attention(
+    projections: tuple[Tensor, ...], num_heads: int, key_mask: Tensor, dropout_prob: float = 0.0
+) -> Tensor:
+    """torch's attention: a fused kernel without dropout; with dropout a CPU has none, and draws torch's masks."""
+    query, key, value = _split_heads(projections, num_heads)
+    context = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask, dropout_p=dropout_prob)
+    return context.transpose(1, 2).flatten(2)
 
 
 @contextmanager
@@ -102,13 +104,16 @@ def put(owner: Any, name: str, plain: Any) -> Iterator[None]:
 
 CHANGES: list[tuple[str, float, Any, str, Any]] = [
     ("matmuls by oneDNN", 0.0, ops.linear, "_ONEDNN", None),
+    ("attention written out", 0.0, roberta.model, "attention", fused_attention),
+    ("attention written out, with dropout", 0.1, roberta.model, "attention", fused_attention),
+    ("attention's products by oneDNN", 0.0, roberta.attention, "batched_product", torchs_products),
     ("dropout masks from bulk random bits", 0.1, Dropout, "forward", torchs_dropout),
-    ("attention written out where it has dropout", 0.1, Attention, "_attend", fused_attention),
     ("masks kept as bytes", 0.1, Dropout, "forward", float_masks),
     ("last layer on <s> alone", 0.0, Roberta, "forward", all_tokens),
     ("query, key, value and their updates packed", 0.0, PackedLoRALinear, "forward", three_projections),
-    ("way back through the second thin product by oneDNN", 0.0, lora.packed, "add_product_", torchs_product),
-    ("update added into the base product", 0.0, PackedLoRALinear, "forward", sum_of_two),
+    ("update within the stacked weights, its way back written out", 0.0, _Adapted, "apply", update_by_autograd),
+    ("the same with dropout", 0.1, _Adapted, "apply", update_by_autograd),
+    ("columns that crowd a cache copied", 0.0, ops.linear, "_transposed", torch.t),
 ]
 
 
@@ -121,7 +126,7 @@ def worth(name: str, with_it: Callable[[], Any], without: Callable[[], Any], com
 def show(name: str, ratios: list[float], with_it: float, without: float) -> None:
     """Print a row: ratio of the pairs, and the median times in seconds."""
     say(
-        f"{name:<46} {statistics.median(ratios):5.2f}x  ({min(ratios):.2f} to {max(ratios):.2f})   "
+        f"{name:<60} {statistics.median(ratios):5.2f}x  ({min(ratios):.2f} to {max(ratios):.2f})   "
         f"{1000 * with_it:6.0f} ms with, {1000 * without:6.0f} ms without"
     )
 
@@ -160,12 +165,16 @@ def main(arguments: Arguments) -> int:
     compute = choose_compute(TrainConfig(device="cpu"))
     keep_freed_memory()
     torch.manual_seed(0)
-    batch = bench.random_batch(bench.MINILM, 32, 64, compute.device)
-    say(f"{bench.processor()}, {compute.describe()}, torch {torch.__version__}; MiniLM, 32 x 64, r = 6 on q, k, v")
+    config, length = bench.MODELS[arguments.model], 64 if arguments.model == "minilm" else 128
+    batch = bench.random_batch(config, 32, length, compute.device)
+    say(
+        f"{bench.processor()}, {compute.describe()}, torch {torch.__version__}; {arguments.model}, 32 x {length}, "
+        "r = 6 on q, k, v"
+    )
     for name, dropout, owner, method, plain in CHANGES:
         if arguments.only not in name:
             continue
-        step = bench.our_step(bench.our_model(bench.MINILM, dropout), compute)
+        step = bench.our_step(bench.our_model(config, dropout), compute)
 
         def without(step: Any = step, owner: Any = owner, method: str = method, plain: Any = plain) -> None:
             with put(owner, method, plain):
@@ -173,23 +182,21 @@ def main(arguments: Arguments) -> int:
 
         worth(name, lambda step=step: step(batch), without, compute, arguments.pairs)
 
-    for model, rows, length in (("minilm", 32, 64), ("base", 32, 128)):
-        name = f"memory kept, {model} {rows} x {length}"
-        if arguments.only in name:
-            kept_memory(name, model, rows, length, max(1, arguments.pairs // 4))
-
+    name = f"memory kept, {arguments.model} 32 x {length}"
+    if arguments.only in name:
+        kept_memory(name, arguments.model, 32, length, max(1, arguments.pairs // 4))
     if arguments.only in "bfloat16 on this CPU":
         half = Compute(torch.device("cpu"), "bf16")
-        model = bench.our_model(bench.MINILM, 0.0)
+        model = bench.our_model(config, 0.0)
         half.cast_frozen(model.roberta)
-        plain, cast = bench.our_step(bench.our_model(bench.MINILM, 0.0), compute), bench.our_step(model, half)
+        plain, cast = bench.our_step(bench.our_model(config, 0.0), compute), bench.our_step(model, half)
         worth("bfloat16 on this CPU", lambda: cast(batch), lambda: plain(batch), compute, arguments.pairs)
     if arguments.only in "torch.compile on this CPU":
-        model = bench.our_model(bench.MINILM, 0.0)
+        model = bench.our_model(config, 0.0)
         eager, compiled = bench.our_step(model, compute), bench.our_step(compute.compiled(model, "on"), compute)
         worth("torch.compile on this CPU", lambda: compiled(batch), lambda: eager(batch), compute, arguments.pairs)
     if arguments.only in "inference in pieces of 16 texts":
-        model = bench.our_model(bench.MINILM, 0.0).eval()
+        model = bench.our_model(config, 0.0).eval()
 
         @torch.no_grad()
         def infer(rows: int) -> list[Tensor]:

@@ -84,7 +84,7 @@ def measure(arguments: Arguments, world: World) -> None:
     trainable = count_parameters(model).trainable
     assert trainable == _TRAINABLE
     model.to(compute.device).train()
-    optimizer = make_optimizer(model, 5e-4, 0.01, False, fused=compute.device.type == "cuda")
+    optimizer = make_optimizer(model, 5e-4, 0.01, False)
     schedule, scaler = make_schedule(optimizer, 1000, 0), compute.grad_scaler()
 
     rows, length = arguments.batch_size, arguments.length

@@ -11,14 +11,13 @@ Sources: Vaswani et al. 2017 (attention), Devlin et al. 2018 (BERT), Liu et al. 
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops.dropout import Dropout
 from ops.linear import Linear, linear
+from roberta.attention import attention
 from roberta.config import RobertaConfig
 
 
@@ -100,9 +99,8 @@ class Attention(nn.Module):
         context_h = dropout(softmax(Q_h K_h^T / sqrt(head) + M)) V_h
         y = LayerNorm(x + dropout([context_1 | ... | context_H] W_o^T + b_o))
 
-    M is 0 where the key is a real token and -inf where it is padding. The division, softmax and product with V are
-    PyTorch's `scaled_dot_product_attention`, which picks a fused kernel where it has one; with dropout on the
-    probabilities it has none on a CPU, and `_attend` writes the steps out. Source: Vaswani et al. 2017, section 3.2.
+    M is 0 where the key is a real token and -inf where it is padding. The first line is `roberta.attention`'s; here are
+    the projections before and after it. Source: Vaswani et al. 2017, section 3.2.
     """
 
     def __init__(self, config: RobertaConfig) -> None:
@@ -121,27 +119,13 @@ class Attention(nn.Module):
         still attends to every real token.
         """
         if queries is None:
-            query, key, value = self.self(hidden_states).chunk(3, dim=-1)
+            projections = (self.self(hidden_states),)
         else:
             hidden_states, whole = hidden_states[:, :queries], hidden_states
-            query = self.self(hidden_states, ("query",))
-            key, value = self.self(whole, ("key", "value")).chunk(2, dim=-1)
-        context = self._attend(*map(self._split_heads, (query, key, value)), key_mask)  # (batch, heads, queries, head)
-        return self.output(context.transpose(1, 2).flatten(2), residual=hidden_states)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor) -> Tensor:
-        """(batch, heads, queries or seq, head) each and (batch, 1, 1, seq) -> (batch, heads, queries, head)."""
+            projections = self.self(hidden_states, ("query",)), self.self(whole, ("key", "value"))
         dropout_prob = self.dropout.p if self.training else 0.0
-        if dropout_prob == 0 or query.device.type != "cpu":
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask, dropout_p=dropout_prob)
-        # Scaled before the product and masked in place after it: `query` is smaller than the scores.
-        scores = (query / math.sqrt(query.shape[-1])) @ key.transpose(-1, -2)  # (batch, heads, queries, seq)
-        scores += torch.zeros(key_mask.shape, dtype=scores.dtype).masked_fill_(~key_mask, -math.inf)
-        return self.dropout(scores.softmax(dim=-1)) @ value
-
-    def _split_heads(self, x: Tensor) -> Tensor:
-        """(batch, seq, hidden) -> (batch, heads, seq, head)."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        context = attention(projections, self.num_heads, key_mask, dropout_prob)  # (batch, queries, hidden)
+        return self.output(context, residual=hidden_states)
 
 
 class Intermediate(nn.Module):

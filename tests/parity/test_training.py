@@ -176,7 +176,7 @@ def test_training_on_a_gpu_lowers_the_loss(tmp_path, precision):
     ours, _ = adapted_pair(tmp_path, CONFIG, dtype=torch.float32)
     compute = Compute(torch.device("cuda"), precision)
     ours.cuda().train()
-    optimizer = make_optimizer(ours, RATE, 0.01, decay_bias_and_norm=False, fused=True)
+    optimizer = make_optimizer(ours, RATE, 0.01, decay_bias_and_norm=False)
     schedule, scaler = make_schedule(optimizer, STEPS, WARMUP), compute.grad_scaler()
     losses = [
         train_step(ours, group, optimizer, schedule, scaler, compute, CLIP).item() for group in groups(encoded_texts())
