@@ -1,12 +1,13 @@
 """Ours against peft + transformers, side by side: the same weights, batches, optimizer, precision and dropout.
 
     make bench
-    python -m benchmarks.against_peft --json benchmarks/results/cpu.json
+    python -m benchmarks.against_peft --only efficiency --json efficiency.json
 
 Both sides run in this process by turns, A B A B, after warm-up; what counts is the ratio of each pair (theirs over
-ours, so that more is better), as median and range. Peak memory and the time to the first step are taken in a process
-for each side, and there it is ours over theirs, so that less is better. Absolute times belong to this machine and
-this minute.
+ours, so that more is better), as median and range. Freed memory is kept in it (`ops/memory.py`), for both sides, as
+malloc belongs to the process; how theirs does without is shown by the rows "in a process of its own". Peak memory and
+the time to the first step are taken in a process for each side, and there it is ours over theirs, so that less is
+better. Absolute times belong to this machine and this minute.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Arguments:
     """Compare with peft + transformers."""
 
     json: Path | None = None
-    """Write the figures to this file as well."""
+    """Where the figures are written: benchmarks/results/PROCESSOR.json, or with --only nowhere, unless told."""
     device: Literal["cpu", "cuda"] = "cpu"
     """The CPU set, or the GPU set."""
     only: str = ""
@@ -120,7 +121,7 @@ def our_model(
 
 def our_step(model: nn.Module, compute: Compute) -> Callable[[Batch], Tensor]:
     """The program's own `train_step`."""
-    optimizer = make_optimizer(model, 5e-4, 0.01, False, fused=compute.device.type == "cuda")
+    optimizer = make_optimizer(model, 5e-4, 0.01, False)
     schedule = make_schedule(optimizer, 1000, 0)
     scaler = compute.grad_scaler()
     return lambda batch: train_step(model, [batch], optimizer, schedule, scaler, compute, max_grad_norm=1.0)
@@ -178,6 +179,45 @@ def step_ratio(
         warm_up=2 if pairs > 4 else 1,
     )
     return dataclasses.replace(ratio, more=f"   {rows * length / ratio.ours:,.0f} tokens/s")
+
+
+_THEIR_STEP = """
+import sys
+import torch
+from benchmarks import against_peft as bench, theirs
+from training.config import TrainConfig
+from training.precision import choose_compute
+model, rows, length, dropout = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+compute = choose_compute(TrainConfig(device="cpu"))
+config = bench.MODELS[model]
+batch = bench.random_batch(config, rows, length, compute.device)
+step = theirs.step(theirs.fresh_peft_model(config, dropout, bench.LORA), compute)
+for _ in sys.stdin:
+    step(batch)
+    print("done", flush=True)
+"""
+
+
+def step_ratio_apart(model: str, rows: int, length: int, dropout: float, compute: Compute, pairs: int) -> Ratio:
+    """As `step_ratio`, theirs in a process of its own, whose malloc gives freed memory back as it does for their users.
+
+    By turns too; while one side works, the other waits. Their weights are other random ones, as time does not depend
+    on them.
+    """
+    batch = random_batch(MODELS[model], rows, length, compute.device)
+    mine = our_step(our_model(MODELS[model], dropout), compute)
+    command = [sys.executable, "-c", _THEIR_STEP, model, str(rows), str(length), str(dropout)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        turns, answers = process.stdin, process.stdout
+        assert turns is not None and answers is not None
+
+        def their() -> None:
+            print("go", file=turns, flush=True)
+            if not answers.readline():
+                raise RuntimeError("the other side's process ended")
+
+        name = f"training step, {model} {rows} x {length}, dropout {dropout:g}, theirs in a process of its own"
+        return by_turns(name, lambda: mine(batch), their, compute, pairs)
 
 
 def inference_ratio(model: str, rows: int, length: int, compute: Compute, pairs: int) -> Ratio:
@@ -326,7 +366,7 @@ def memory_ratio(model: str, rows: int, length: int, compute: Compute) -> Ratio:
     return Ratio(name, peaks[0] / 2**20, peaks[1] / 2**20, "MiB", [peaks[0] / peaks[1]])
 
 
-def epoch_ratios(arguments: Arguments, compute: Compute, rows: int = 1000) -> list[Ratio]:
+def epoch_ratios(arguments: Arguments, compute: Compute, rows: int = 600) -> list[Ratio]:
     """One epoch end to end on real text: tokenizing, batches, steps; against Trainer, plain and grouped by length."""
     from data.batching import encode_split, training_batches
     from data.sources import DataConfig, Split, load_source
@@ -404,6 +444,8 @@ def cpu_set(arguments: Arguments, compute: Compute) -> list[Callable[[], Ratio |
         ("step minilm 128 0.1", lambda: step_ratio("minilm", 32, 128, 0.1, compute, 4)),
         ("step base 0.1", lambda: step_ratio("base", 32, 128, 0.1, compute, 4)),
         ("step base 0", lambda: step_ratio("base", 32, 128, 0.0, compute, 4)),
+        ("step apart base 0.1", lambda: step_ratio_apart("base", 32, 128, 0.1, compute, 3)),
+        ("step apart base 0", lambda: step_ratio_apart("base", 32, 128, 0.0, compute, 3)),
         ("inference minilm", lambda: inference_ratio("minilm", 32, 64, compute, pairs)),
         ("inference base", lambda: inference_ratio("base", 32, 128, compute, 2)),
         ("full minilm", lambda: full_against_lora("minilm", 32, 64, compute, pairs)),
@@ -436,10 +478,11 @@ def main(arguments: Arguments) -> int:
     """Measure, print, write. Returns the exit code."""
     theirs.quiet()
     compute = choose_compute(TrainConfig(device=arguments.device))
-    keep_freed_memory()  # as train.py does; here the other side has it too, which in a process of its own it has not
+    keep_freed_memory()  # as train.py does; for the other side as well
     torch.manual_seed(0)
     started = time.perf_counter()
-    where = compute.describe() if compute.device.type == "cuda" else f"{processor()}, {compute.describe()}"
+    name = torch.cuda.get_device_name(compute.device) if compute.device.type == "cuda" else processor()
+    where = compute.describe() if compute.device.type == "cuda" else f"{name}, {compute.describe()}"
     machine = f"{where}, {date.today().isoformat()}, {theirs.versions()}"
     print(f"{machine}\n\n{'':<60}  ratio, median and range of the pairs   ours against theirs", flush=True)
     found: list[Ratio] = []
@@ -450,20 +493,26 @@ def main(arguments: Arguments) -> int:
             print(ratio.line(), flush=True)
         gc.collect()
     print(f"\n{time.perf_counter() - started:.0f} s in all")
-    if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    path = arguments.json
+    if path is None and not arguments.only:  # a part would replace the whole
+        path = Path(__file__).parent / "results" / (re.sub(r"\W+", "-", name.lower()).strip("-") + ".json")
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         rows = [{**dataclasses.asdict(ratio), "median": statistics.median(ratio.ratios)} for ratio in found]
-        arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        print(f"written to {path}")
     return 0
 
 
 def processor() -> str:
-    """What the machine calls its processor."""
+    """What the machine calls its processor; with family and model, as one name may stand for several generations."""
     try:
-        model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        model = None
-    return model[1] if model else platform.processor()
+        return platform.processor()
+    fields = (re.search(rf"^{field}\s*:\s*(.+)$", told, re.M) for field in ("model name", "cpu family", "model"))
+    name, family, model = (found[1] if found else "" for found in fields)
+    return f"{name} (family {family}, model {model})" if name else platform.processor()
 
 
 if __name__ == "__main__":
