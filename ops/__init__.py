@@ -1,1 +1,1 @@
-"""What the other packages share: cheap dropout, a faster matmul, memory kept, care with files from strangers."""
+"""What the other packages share: cheap dropout, faster matmuls, memory kept, care with files from strangers."""
