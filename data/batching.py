@@ -29,6 +29,10 @@ from data.sources import Split
 _BATCHES_PER_BUCKET = 50
 _WORKERS_ON_GPU = 2
 
+# Batches are a multiple of so many tokens wide: oneDNN, and a compiler, write code for each width, which takes a CPU
+# longer than the few tokens of padding do (docs/performance.md).
+WIDTH = 4
+
 NO_LABEL = -100
 """A text with this label does not count: `cross_entropy` leaves it out."""
 
@@ -197,9 +201,10 @@ def collate(
 ) -> Batch:
     """Pad the given rows on the right: to the longest of them, or to the split's `max_length`.
 
-    The longest is rounded up to a `multiple_of` tokens, but not beyond `max_length`: a compiled model sees few widths.
-    Of several processes each takes its `share` of the rows. One that gets none, as the batch has fewer rows than there
-    are processes, takes the first row with the label NO_LABEL: the loss of it is 0, and so is every gradient.
+    The longest is rounded up to a `multiple_of` tokens, but not beyond `max_length`: what writes code for each width
+    sees few of them. Of several processes each takes its `share` of the rows. One that gets none, as the batch has
+    fewer rows than there are processes, takes the first row with the label NO_LABEL: the loss of it is 0, and so is
+    every gradient.
     """
     texts, tokens = len(rows), int(split.lengths[rows].sum())
     if len(rows[share]):
@@ -260,7 +265,7 @@ def training_batches(
     device: torch.device = torch.device("cpu"),  # noqa: B008  a device is immutable
     skip: int = 0,
     share: slice = slice(None),
-    multiple_of: int = 1,
+    multiple_of: int = WIDTH,
 ) -> Iterable[Batch]:
     """The batches of one epoch: length buckets in shuffled order, the same for the same seed and epoch.
 
@@ -286,4 +291,4 @@ def evaluation_batches(
     """
     order = np.argsort(split.lengths, kind="stable")
     rows = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][share]
-    return _loader(_Batches(split, rows, pad_token_id, padding), device)
+    return _loader(_Batches(split, rows, pad_token_id, padding, slice(None), WIDTH), device)

@@ -9,7 +9,6 @@ takes half the time (docs/performance.md). Everything else (other types, autocas
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -28,11 +27,6 @@ def _find_onednn() -> Any:
 
 
 _ONEDNN = _find_onednn()
-
-# oneDNN keeps the code it writes for each size of a product: 1,024 pieces unless told otherwise, between which batches
-# of ever other widths leave holes in the heap. A step needs up to 46, and some count twice; with too few each step
-# writes them all anew. oneDNN reads this when it is first used.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
 def in_full_precision_on_cpu(x: Tensor) -> bool:

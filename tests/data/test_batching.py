@@ -68,6 +68,13 @@ def test_widths_are_rounded_up_but_not_beyond_the_maximum(multiple, width):
     assert batch.input_ids.shape == (2, width) and batch.attention_mask.sum(dim=1).tolist() == [5, 3]
 
 
+def test_batches_of_either_kind_have_few_widths():
+    split = split_of([7, 2, 9, 1, 4, 11, 12, 3])  # max_length is 12
+    for batches in (training_batches(split, 1, 1, seed=0, epoch=1), evaluation_batches(split, 1, 1)):
+        assert sorted(batch.input_ids.shape[1] for batch in batches) == [4, 4, 4, 4, 8, 12, 12, 12]
+    assert {batch.input_ids.shape[1] for batch in training_batches(split, 1, 1, 0, 1, multiple_of=1)} > {7, 9}
+
+
 def test_evaluation_goes_by_length_and_knows_its_rows():
     split = split_of([7, 2, 9, 1, 4])
     batches = list(evaluation_batches(split, 2, 1))
