@@ -37,7 +37,8 @@ def onednn_is_exact() -> bool:
     1 + 2^-12 and 1 - 2^-12 are 1 in bfloat16's eight bits; in float32 they stay what they are. 48 x 48 x 48, as very
     small products go by BLAS anyway. A processor with AMX is refused unseen: its choice may differ from size to size.
     """
-    if not torch.backends.mkldnn.is_available() or torch.cpu.get_capabilities().get("amx_tile", False):
+    capabilities = getattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": True})()  # an older torch can't tell
+    if not torch.backends.mkldnn.is_available() or capabilities.get("amx_tile", False):
         return False
     a = torch.full((2, 48, 48), 1 + 2**-12)
     b = torch.eye(48).mul_(1 - 2**-12).expand(2, 48, 48)

@@ -78,10 +78,12 @@ def test_a_processor_that_rounds_is_not_asked(monkeypatch):
 
 
 @pytest.mark.usefixtures("forget")
-@pytest.mark.parametrize(("name", "value"), [("amx_tile", True), ("mkldnn", False)])
+@pytest.mark.parametrize(("name", "value"), [("amx_tile", True), ("mkldnn", False), ("older", None)])
 def test_matrix_units_and_builds_without_onednn_are_refused_unseen(monkeypatch, name, value):
     if name == "mkldnn":
         monkeypatch.setattr(type(torch.backends.mkldnn), "is_available", lambda _self: value)
+    elif name == "older":  # a torch that can't tell
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
     else:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: value})
     monkeypatch.setattr(module, "_onednn_allowed", lambda: pytest.fail("tried all the same"))
