@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from data.assets import fetch_checkpoint, sha256_of
 from data.augmentation import augment_texts, check_script
-from data.batching import WIDTH, Batch, encode_split, evaluation_batches, training_batches
+from data.batching import WIDTH_MULTIPLE, Batch, encode_split, evaluation_batches, training_batches
 from data.sources import Split, load_source
 from lora.adapter import load_adapter, save_adapter
 from lora.inject import count_parameters, inject_lora
@@ -260,7 +260,7 @@ def train(config: RunConfig, world: World = ALONE) -> int:
             compute.device,
             skip,
             world.share,
-            WIDTH_WHEN_COMPILED if settings.compile != "off" else WIDTH,
+            WIDTH_WHEN_COMPILED if settings.compile != "off" else WIDTH_MULTIPLE,
         )
 
     def logits_on(name: str) -> Tensor:

@@ -77,9 +77,9 @@ def update_by_autograd(x: Tensor, dropped: Tensor | None, weight: Tensor, bias: 
     return linear(x, weight, bias) + linear(linear(x if dropped is None else dropped, A), B)
 
 
-def torchs_products(a: Tensor, b: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+def torchs_products(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     """Attention's products by torch's own matmul."""
-    return torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=scale, out=out)
+    return torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=scale)
 
 
 def fused_attention(

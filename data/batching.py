@@ -31,7 +31,7 @@ _WORKERS_ON_GPU = 2
 
 # Batches are a multiple of so many tokens wide: oneDNN, and a compiler, write code for each width, which takes a CPU
 # longer than the few tokens of padding do (docs/performance.md).
-WIDTH = 4
+WIDTH_MULTIPLE = 4
 
 NO_LABEL = -100
 """A text with this label does not count: `cross_entropy` leaves it out."""
@@ -265,7 +265,7 @@ def training_batches(
     device: torch.device = torch.device("cpu"),  # noqa: B008  a device is immutable
     skip: int = 0,
     share: slice = slice(None),
-    multiple_of: int = WIDTH,
+    multiple_of: int = WIDTH_MULTIPLE,
 ) -> Iterable[Batch]:
     """The batches of one epoch: length buckets in shuffled order, the same for the same seed and epoch.
 
@@ -291,4 +291,4 @@ def evaluation_batches(
     """
     order = np.argsort(split.lengths, kind="stable")
     rows = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][share]
-    return _loader(_Batches(split, rows, pad_token_id, padding, slice(None), WIDTH), device)
+    return _loader(_Batches(split, rows, pad_token_id, padding, slice(None), WIDTH_MULTIPLE), device)

@@ -1,4 +1,4 @@
-"""LoRA on a packed projection: several frozen matmuls on one input as one, and their updates as two thin ones.
+"""LoRA on a packed projection: several frozen matmuls on one input as one, and their updates together.
 
 The method itself is `lora.linear`; here it is only arranged so that query, key and value, which read the same x, don't
 read it three times. What a packed projection is: `roberta.model.PackedLinear`, or any module with `packed_blocks`.
@@ -17,7 +17,7 @@ from ops.linear import in_full_precision_on_cpu, linear, product
 
 
 class PackedLoRALinear(nn.Module):
-    """A packed projection, some of whose blocks are `LoRALinear`: two products for the update of all blocks together.
+    """A packed projection, some of whose blocks are `LoRALinear`: the update of all blocks together.
 
     A packed projection computes several linear layers on one input as a single wide matmul (query, key and value of
     attention); `packed_blocks` names them in the order of their output columns. Any subset may be adapted, each block
@@ -68,12 +68,16 @@ class PackedLoRALinear(nn.Module):
 class _Adapted(torch.autograd.Function):
     """y = x W^T + b + d A^T B^T, d being x or what dropout left of it, and the scales within B.
 
-    Without dropout it is y = x W'^T + b with W' = W + B A, which costs r numbers for each entry of W instead of each
-    token, and W' takes no more memory than the stacked W. The way back, with G = dL/dy and U = G B:
+    Shapes: x, d (tokens, in); W (out, in); b (out,); A (r, in); B (out, r); y (tokens, out), where r is the sum of the
+    adapted blocks' ranks and out that of all blocks' outputs.
+
+    Without dropout it is y = x W'^T + b with W' = W + B A: r multiply-adds for each number of W instead of each token's
+    r (in + out), and W' takes no more memory than the stacked W. The way back, with G = dL/dy and U = G B, (tokens, r):
 
         dL/dA = U^T d,   dL/dB = G^T (d A^T),   dL/dx = G W' without dropout, else dL/dx = G W and dL/dd = U A
 
     G W and G B are one product with [W | B], so that G, the largest of all, is read once less.
+    Source: Hu et al. 2021, section 4.1; the gradients are derived in docs/walkthrough.md, section 8.
     """
 
     @staticmethod

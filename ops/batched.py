@@ -1,6 +1,6 @@
 """Products of batches of matrices, by the faster of the two libraries that torch has for them on a CPU.
 
-    C_i = s A_i B_i
+    scale * a_i b_i     for each i of the batch
 
 In float32 `torch.bmm` calls BLAS, as `F.linear` does (see `ops.linear`). It hands the product to oneDNN only where
 torch's setting `torch.backends.mkldnn.matmul.fp32_precision` allows bfloat16 inside. Whether that makes a difference to
@@ -46,11 +46,11 @@ def onednn_is_exact() -> bool:
         return torch.equal(torch.bmm(a, b), torch.full_like(a, (1 + 2**-12) * (1 - 2**-12)))
 
 
-def batched_product(a: Tensor, b: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
-    """scale * a_i b_i for each i: (batch, n, k) and (batch, k, m) -> (batch, n, m), `out` if it is given.
+def batched_product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """scale * a_i b_i for each i: (batch, n, k) and (batch, k, m) -> (batch, n, m).
 
     No gradient is recorded: it is for code that writes its own. Raises RuntimeError for sizes that don't fit.
     """
     by_onednn = _onednn_allowed() if a.dtype == torch.float32 and onednn_is_exact() else contextlib.nullcontext()
     with torch.no_grad(), by_onednn:
-        return torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=scale, out=out)  # beta = 0: the first is not read
+        return torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=scale)  # beta = 0: the first is not read

@@ -45,7 +45,7 @@ def in_full_precision_on_cpu(x: Tensor) -> bool:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b of (rows, in), (out, in) and (out,) -> (rows, out), where no gradient is recorded.
 
-    x is contiguous, W too or the transpose of such a one: for other strides oneDNN has but slow code.
+    Each of x and W is contiguous or the transpose of such a one: for other strides oneDNN has but slow code.
     """
     if not _by_onednn(x, weight):
         return F.linear(x, weight, bias)
