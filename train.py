@@ -434,7 +434,8 @@ def train(config: RunConfig, world: World = ALONE) -> int:
     finally:
         progress.close()
         for number, handler in previous_handlers.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is on_signal:  # what was set since then holds
+                signal.signal(number, handler)
     train_seconds = train_seconds_before + time.perf_counter() - train_started
     epochs_run = position.epoch - 1 if position.step_of_epoch == 0 else position.epoch
 

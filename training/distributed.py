@@ -23,6 +23,7 @@ import contextlib
 import datetime
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -202,10 +203,15 @@ def join() -> Iterator[World]:
 
 @contextlib.contextmanager
 def _losing() -> Iterator[None]:
-    """Around a collective: its failure means that another process is gone, or silent for too long."""
+    """Around a collective: its failure means that another process is gone, or silent for too long.
+
+    After it this process has nothing left to do but to say so. torchrun, which also saw the other one die, tells it to
+    end (SIGTERM) a tenth of a second later, which must not come before the line that says how to go on.
+    """
     try:
         yield
     except RuntimeError as error:  # gloo's have no class of their own
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         # "[file:line] Read error [127.0.0.1]:1234: Connection reset by peer. This is typically caused by ..."
         why = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
         raise LostProcessError(
