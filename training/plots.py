@@ -144,9 +144,11 @@ def _scores(axes: Axes, run: Curves) -> None:
         label = name if name == "accuracy" else f"macro {'F1' if name == 'f1' else name}"
         values = [100 * line[name] for line in run.validations]
         axes.plot(epochs, values, color=PALETTE[i], marker=_MARKERS[i], markersize=5, label=label)
-    axes.set(xlabel="epoch", ylabel="validation score (%)", title="Validation scores")
+    axes.set(xlabel="epoch", ylabel="validation score (%)")
+    axes.set_title("Validation scores", pad=24)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False)
+    # Under the title: four curves leave no corner of the plot free for it.
+    axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), columnspacing=1.2)
     axes.grid(alpha=0.2)
 
 
