@@ -34,7 +34,7 @@ from ops.memory import keep_freed_memory
 from roberta.tokenizer import TextTokenizer
 from training.command_line import parse_options, run_command
 from training.config import TrainConfig
-from training.plots import PALETTE, save_png
+from training.plots import PALETTE, legend_above, save_png
 from training.precision import choose_compute
 from training.progress import say
 from training.report import peak_memory_bytes
@@ -125,16 +125,7 @@ def _memory_panel(axes: Axes, points: list[dict[str, Any]], x: list[Any], style:
     peaks = [point["peak_mib"] for point in points]
     memory.plot(x, peaks, style, color=PALETTE[1], label="peak memory")
     memory.set(ylabel="peak memory of the process (MiB)", ylim=(0, 1.1 * max(peaks)))
-    _legend_above(axes, memory)
-
-
-def _legend_above(*sides: Axes) -> None:
-    """One legend for both scales, above the plot: within it, it would lie on a curve in one sweep or another."""
-    lines = [line for side in sides for line in side.get_lines()]
-    labels = [str(line.get_label()) for line in lines]
-    sides[0].legend(
-        lines, labels, fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(lines)
-    )
+    legend_above(axes, memory)
 
 
 def _panel(sweep: str, points: list[dict[str, Any]]) -> Callable[[Axes], None]:

@@ -147,9 +147,20 @@ def _scores(axes: Axes, run: Curves) -> None:
     axes.set(xlabel="epoch", ylabel="validation score (%)")
     axes.set_title("Validation scores", pad=24)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    # Under the title: four curves leave no corner of the plot free for it.
-    axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), columnspacing=1.2)
+    legend_above(axes)
     axes.grid(alpha=0.2)
+
+
+def legend_above(*sides: Axes) -> None:
+    """One legend for all curves, above the plot: within it, it would lie on a curve in one run or another.
+
+    Several `sides` are the scales of one plot. A title needs `pad=24` points to stand above it.
+    """
+    lines = [line for side in sides for line in side.get_lines()]
+    labels = [str(line.get_label()) for line in lines]
+    sides[0].legend(
+        lines, labels, fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(lines)
+    )
 
 
 def _confusion(axes: Axes, report: dict[str, Any]) -> None:
