@@ -27,9 +27,9 @@ from data.assets import fetch_checkpoint
 from data.batching import EncodedSplit, encode_split, evaluation_batches
 from data.cleaning import CleaningConfig, make_cleaner
 from data.sources import DataConfig, Split, load_source, read_unlabelled
-from lora.adapter import adapter_shapes, load_adapter, read_base_model
+from lora.peft_format import adapter_shapes, load_adapter, read_base_model
 from lora.inject import merge_lora, unload_lora
-from ops.files import written_whole
+from lora.files import atomic_write
 from ops.memory import keep_freed_memory
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification

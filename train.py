@@ -25,10 +25,10 @@ from data.assets import fetch_checkpoint, sha256_of
 from data.augmentation import augment_texts, check_script
 from data.batching import WIDTH_MULTIPLE, Batch, encode_split, evaluation_batches, training_batches
 from data.sources import Split, load_source
-from lora.adapter import load_adapter, save_adapter
+from lora.peft_format import load_adapter, save_adapter
 from lora.inject import count_parameters, inject_lora
-from ops.memory import keep_freed_memory
-from roberta.config import RobertaConfig, model_type
+
+from roberta.config import RobertaConfig
 from roberta.tokenizer import TextTokenizer
 from roberta.weights import has_head, load_checkpoint
 from training.budget import check_budget

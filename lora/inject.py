@@ -1,7 +1,7 @@
-"""LoRA in a whole model: which matmuls are wrapped, what is frozen, how many parameters are trained.
+"""A method in a whole model: which linear layers are wrapped, what is frozen, how many parameters are trained.
 
-Works on any `nn.Module` that holds `nn.Linear`; the layer itself is `lora.linear`, the rules by which names are
-matched are `lora.targets`, files are `lora.adapter`.
+Works on any `nn.Module` that holds `nn.Linear`. The layer itself is `lora.linear`, the rules by which names are matched
+are `lora.targets`, files are `lora.peft_format`.
 """
 
 from __future__ import annotations
@@ -11,53 +11,51 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lora.adapter import Adapter
 from lora.config import LoRAConfig, LoRAError
-from lora.linear import LoRALinear
-from lora.packed import PackedLoRALinear
-from lora.targets import layer_index, matches, pattern_value
+from lora.targets import layer_index, matches
 
 
 def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
-    """Wrap the targeted linear layers of `model`, in place, and freeze all that is not to be trained.
+    """Wrap the targeted linear layers of `model`, in place, and freeze everything that is not to be trained.
 
-    Trained afterwards: A and B of every wrapped layer, the biases that `config.bias` names, and the modules in
-    `config.modules_to_save`. Everything else has `requires_grad = False`. Returns the same model.
+    Trained afterwards: the adapters' own parameters, the biases that `config.bias` names, and the modules in
+    `config.modules_to_save`. Everything else has `requires_grad = False`. The settings are remembered on the model, as
+    `model.adapter_config`. Returns the same model.
 
     Raises LoRAError, before anything is changed, if a target or a module to save matches nothing, if a target is not
     an `nn.Linear`, or if the model carries adapters already.
     """
-    if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise LoRAError("this model carries LoRA adapters already; unload them first, or start from a fresh model")
-    targets = _targeted_linears(model, config)
-    saved = _modules_to_save(model, config)
+    if adapters(model):
+        raise LoRAError("this model carries adapters already; unload them first, or start from a fresh model")
+    targets = targeted_linears(model, config)
+    saved = saved_modules(model, config)
 
-    model.requires_grad_(False)  # all of it; A and B, made below, are new parameters, and train
+    model.requires_grad_(False)  # everything; the adapters' parameters, made below, are new and trainable
     for name, linear in targets.items():
-        lora = LoRALinear(
-            linear,
-            rank=pattern_value(config.rank_pattern, name, config.rank),
-            alpha=pattern_value(config.alpha_pattern, name, config.alpha),
-            dropout=config.dropout,
-            use_rslora=config.use_rslora,
-        )
-        _replace(model, name, lora)
+        _replace(model, name, config.wrap(linear, name))
         if config.bias == "lora_only" and linear.bias is not None:
             linear.bias.requires_grad_(True)
-    _pack(model)
     if config.bias == "all":
         for name, parameter in model.named_parameters():
             if name.rpartition(".")[2] == "bias":
                 parameter.requires_grad_(True)
     for module in saved.values():
         module.requires_grad_(True)
+    model.adapter_config = config
     return model
 
 
-def _targeted_linears(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Linear]:
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """Every adapter of the model by the name of the layer that it wraps."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
+
+
+def targeted_linears(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Linear]:
     """The layers that `config` means, by name, in the model's order.
 
     Those whose name is in `target_modules`, or ends in a dot and one of them, that lie in one of `layers_to_transform`
-    and in no module that is trained whole. Raises LoRAError for a target that means no linear layer.
+    and not in a module that is trained fully. Raises LoRAError for a target that means no linear layer.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     layers = config.layers_to_transform
@@ -67,12 +65,12 @@ def _targeted_linears(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Line
         have = f"layers {min(present)} to {max(present)}" if present else "no numbered layers"
         raise LoRAError(f"lora: layers_to_transform: no layer {', '.join(map(str, absent))}; the model has {have}")
 
-    # A module that is trained in full needs no update beside it, so its layers are never targets (peft's rule).
-    kept_whole = tuple(_modules_to_save(model, config))
+    # A module that is trained fully needs no update beside it, so its layers are never targets (peft's rule).
+    fully_trained = tuple(saved_modules(model, config))
     candidates = {
         name: module
         for name, module in model.named_modules()
-        if name and not any(name == whole or name.startswith(f"{whole}.") for whole in kept_whole)
+        if name and not any(f"{name}.".startswith(f"{full}.") for full in fully_trained)
     }
     # A regular expression is one target; names are looked up one by one, so that each can be found missing.
     one_regex = isinstance(config.target_modules, str)
@@ -85,13 +83,13 @@ def _targeted_linears(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Line
             if name not in linears:
                 raise LoRAError(
                     f"lora: target_modules: {target!r} matches {name}, a {type(candidates[name]).__name__}; "
-                    f"LoRA here wraps nn.Linear: {_endings(linears)}"
+                    f"adapters wrap nn.Linear: {_endings(linears)}"
                 )
         found.update(hits)
     return {name: linear for name, linear in linears.items() if name in found}
 
 
-def _modules_to_save(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
+def saved_modules(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     """The modules that `config.modules_to_save` means: those whose name ends in one of its entries, as in peft."""
     chosen: dict[str, nn.Module] = {}
     for wanted in config.modules_to_save:
@@ -121,44 +119,28 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _pack(model: nn.Module) -> None:
-    """Give every packed projection with an adapted block the forward pass that knows of the adapters.
-
-    A packed projection reads its children's weights and never calls them, so wrapping a child alone would silently
-    leave its update out.
-    """
-    for name, module in list(model.named_modules()):
-        blocks = getattr(module, "packed_blocks", ())
-        if any(isinstance(module.get_submodule(block), LoRALinear) for block in blocks):
-            _replace(model, name, PackedLoRALinear(module))
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """Every `LoRALinear` of the model by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-
-
 def merge_lora(model: nn.Module) -> None:
-    """Merge every adapter into its frozen weight, in place. Raises RuntimeError if one is merged already."""
-    for layer in lora_layers(model).values():
-        layer.merge()
+    """Merge every adapter into its frozen layer, in place. Raises RuntimeError if one is merged already."""
+    for adapter in adapters(model).values():
+        adapter.merge()
 
 
 def unmerge_lora(model: nn.Module) -> None:
     """Undo `merge_lora`, bit for bit. Raises RuntimeError if a layer is not merged."""
-    for layer in lora_layers(model).values():
-        layer.unmerge()
+    for adapter in adapters(model).values():
+        adapter.unmerge()
 
 
 def unload_lora(model: nn.Module) -> nn.Module:
-    """Replace every adapter by its plain linear layer, in place: merged ones keep their update, others lose it.
+    """Replace every adapter by its linear layer, in place: merged ones keep their update, others lose it.
 
-    `merge_lora(model)` followed by `unload_lora(model)` is peft's `merge_and_unload()`. What was frozen stays frozen,
-    and a `PackedLoRALinear` stays in its place: without adapters it computes what the packed projection did. Returns
-    the same model.
+    `merge_lora(model)` followed by `unload_lora(model)` is peft's `merge_and_unload()`. What was frozen stays frozen.
+    Returns the same model.
     """
-    for name, layer in lora_layers(model).items():
-        _replace(model, name, layer.base)
+    for name, adapter in adapters(model).items():
+        _replace(model, name, adapter.base)
+    if hasattr(model, "adapter_config"):
+        del model.adapter_config
     return model
 
 
@@ -183,7 +165,7 @@ class ParameterCount:
         return 100 * self.trainable / self.total
 
     def table(self) -> str:
-        """One line a part and one for the sum, numbers aligned, for a terminal."""
+        """One line per part and one for the sum, numbers aligned, for a terminal."""
         rows = [*self.parts.items(), ("all", (self.trainable, self.total))]
         width = max(len(name) for name, _ in rows)
         lines = [f"{'part':<{width}}  {'trainable':>11}  {'total':>13}"]
@@ -193,11 +175,12 @@ class ParameterCount:
 
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Count trainable and total parameters, and attribute them to parts of the model."""
+    wrapped = adapters(model)
     parts: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():  # names a shared tensor once
-        module_name, _, own_name = name.rpartition(".")
-        if own_name in ("lora_A", "lora_B"):
-            part = f"LoRA on {_within_layer(module_name)}"
+        module = name.rpartition(".")[0]
+        if module in wrapped:  # an adapter's own; the frozen ones are in its `base`
+            part = f"{wrapped[module].method} on {_within_layer(module)}"
         else:
             part = ".".join(name.split(".")[:2]) if name.count(".") > 1 else name.split(".")[0]
         trainable, total = parts.get(part, (0, 0))

@@ -1,6 +1,7 @@
 """RoBERTa for sequence classification: configuration, model, checkpoints, tokenizer. Knows nothing of LoRA."""
 
-from roberta.config import CheckpointError, RobertaConfig
+from roberta.config import RobertaConfig
+from roberta.files import CheckpointError
 from roberta.model import RobertaForSequenceClassification
 from roberta.tokenizer import TextTokenizer
 from roberta.weights import load_checkpoint, save_checkpoint

@@ -10,11 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ops.files import read_settings
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that can't be used: one line that names the file, what is wrong with it, and the mend."""
+from roberta.files import CheckpointError, read_json
 
 
 # No encoder is near these; a broken or hostile file must not make a million modules.
@@ -24,10 +20,10 @@ _MOST_LABELS = 50_000
 
 
 def _check_size(name: str, value: Any) -> None:
-    """Raise CheckpointError unless a size is a whole number that could be meant."""
+    """Raise CheckpointError unless a size is an integer in a plausible range."""
     least, most = (0 if name == "pad_token_id" else 1), _LARGEST.get(name, _LARGEST_OTHER)
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise CheckpointError(f"{name} is {value!r}, it must be a whole number from {least} to {most:,}")
+        raise CheckpointError(f"{name} is {value!r}, it must be an integer from {least} to {most:,}")
 
 
 @dataclass(frozen=True)
@@ -39,6 +35,8 @@ class RobertaConfig:
     Sources: Liu et al. 2019 (RoBERTa), section 2 and table 9; Devlin et al. 2018 (BERT), section 3.
     """
 
+    model_type: str = "roberta"
+    """Architecture of the checkpoint: roberta, or a bert that is read as one."""
     vocab_size: int = 50265
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -62,7 +60,7 @@ class RobertaConfig:
             value = getattr(self, field.name)
             if field.type == "int":
                 _check_size(field.name, value)
-            elif field.type != "tuple[str, ...]" and value is not None:  # dropouts, epsilon, standard deviation
+            elif field.type.startswith("float") and value is not None:  # dropouts, epsilon, standard deviation
                 if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 10:
                     raise CheckpointError(f"{field.name} is {value!r}, it must be a small number, 0 or more")
                 if field.name.endswith(("dropout", "dropout_prob")) and value >= 1:
@@ -97,16 +95,7 @@ class RobertaConfig:
         does not do (another activation, relative positions, a decoder).
         """
         path = Path(path)
-        try:
-            raw = read_settings(path)
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: no such file; a checkpoint folder needs its config.json") from None
-        except OSError as error:
-            raise CheckpointError(f"{path}: can't be read ({error.strerror})") from None
-        except ValueError as error:  # not UTF-8, not JSON, a number of thousands of digits
-            raise CheckpointError(f"{path}: not valid JSON ({error}); fetch the checkpoint again") from None
-        if not isinstance(raw, dict):
-            raise CheckpointError(f"{path}: holds no JSON object; fetch the checkpoint again")
+        raw = read_json(path)
         try:
             return cls.from_dict(raw)
         except CheckpointError as error:
@@ -160,6 +149,19 @@ class RobertaConfig:
         }
 
 
-def model_type(path: str | Path) -> str:
-    """What a `config.json` that `RobertaConfig.from_file` has read calls its checkpoint: roberta or bert."""
-    return read_settings(Path(path))["model_type"]
+PUBLISHED = {
+    "roberta-base": RobertaConfig(),
+    "roberta-large": RobertaConfig(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+    ),
+    "minilm": RobertaConfig(  # a BERT: its 512 positions and the row of padding
+        model_type="bert",
+        vocab_size=30522,
+        hidden_size=384,
+        num_hidden_layers=6,
+        intermediate_size=1536,
+        max_position_embeddings=513,
+        pad_token_id=0,
+    ),
+}
+"""Sizes of the checkpoints that are known by name. Sources: Liu et al. 2019, table 9; Wang et al. 2020, section 4."""

@@ -11,13 +11,12 @@ Sources: Vaswani et al. 2017 (attention), Devlin et al. 2018 (BERT), Liu et al. 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ops.dropout import Dropout
-from ops.linear import Linear, linear
-from roberta.attention import attention
 from roberta.config import RobertaConfig
 
 
@@ -37,7 +36,7 @@ class Embeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, hidden, padding_idx=padding)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, hidden)
         self.LayerNorm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
-        self.dropout = Dropout(config.hidden_dropout_prob)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(batch, seq) ids and mask -> (batch, seq, hidden)."""
@@ -49,31 +48,46 @@ class Embeddings(nn.Module):
         return self.dropout(self.LayerNorm(embedded))
 
 
-class PackedLinear(nn.Module):
-    """Several linear layers on the same input, computed as one wide matmul.
+def kernel_has_dropout(device: torch.device) -> bool:
+    """Whether `scaled_dot_product_attention` has a fused kernel with dropout; without one it computes the formula."""
+    return device.type != "cpu"
 
-        [y_q | y_k | y_v] = x [W_q ; W_k ; W_v]^T + [b_q | b_k | b_v]
 
-    Each block stays an `nn.Linear` under its own name, with its own weight and bias: checkpoints, adapters, freezing
-    and counting see three layers, the processor sees one product of three times the width. The stacked weight is
-    written anew in each forward pass, (3 hidden^2) values against the (3 hidden^2 tokens) multiply-adds that follow.
+class SelfAttention(nn.Module):
+    """Multi-head self-attention, before its output projection.
 
-    `packed_blocks` names the children in the order of their output columns. It is what tells code that replaces
-    linear layers from outside that these children are read by their parent and never called themselves.
+        context_h = dropout(softmax(Q_h K_h^T / sqrt(head) + M)) V_h        for each head h
+        Q = x W_q^T + b_q,   K = x W_k^T + b_k,   V = x W_v^T + b_v
+
+    M is 0 where the key is a real token and -inf where it is padding. Source: Vaswani et al. 2017, section 3.2.
     """
 
-    def __init__(self, in_features: int, blocks: dict[str, int]) -> None:
+    def __init__(self, config: RobertaConfig) -> None:
         super().__init__()
-        self.packed_blocks = tuple(blocks)
-        for name, out_features in blocks.items():
-            self.add_module(name, Linear(in_features, out_features))
+        hidden = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.query = nn.Linear(hidden, hidden)
+        self.key = nn.Linear(hidden, hidden)
+        self.value = nn.Linear(hidden, hidden)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
-    def forward(self, x: Tensor, blocks: tuple[str, ...] | None = None) -> Tensor:
-        """(..., in) -> (..., sum of the blocks' out), of the named blocks in the order given; of all by default."""
-        layers = [self.get_submodule(name) for name in blocks or self.packed_blocks]
-        weight = torch.cat([layer.weight for layer in layers])  # (sum out, in)
-        bias = torch.cat([layer.bias for layer in layers])  # (sum out,)
-        return linear(x, weight, bias)
+    def forward(self, hidden_states: Tensor, key_mask: Tensor, queries: int | None = None) -> Tensor:
+        """(batch, seq, hidden) and a boolean (batch, 1, 1, seq), true at real tokens -> (batch, queries, hidden)."""
+        query = self.split_heads(self.query(hidden_states[:, :queries]))
+        key = self.split_heads(self.key(hidden_states))
+        value = self.split_heads(self.value(hidden_states))
+        dropout = self.dropout.p if self.training else 0.0
+        if dropout == 0 or kernel_has_dropout(query.device):
+            context = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask, dropout_p=dropout)
+        else:
+            scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (batch, heads, queries, seq)
+            probabilities = torch.softmax(scores.masked_fill(~key_mask, -math.inf), dim=-1)
+            context = self.dropout(probabilities) @ value
+        return context.transpose(1, 2).flatten(2)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(batch, tokens, hidden) -> (batch, heads, tokens, head)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class AddAndNorm(nn.Module):
@@ -84,9 +98,9 @@ class AddAndNorm(nn.Module):
 
     def __init__(self, in_features: int, config: RobertaConfig) -> None:
         super().__init__()
-        self.dense = Linear(in_features, config.hidden_size)
+        self.dense = nn.Linear(in_features, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = Dropout(config.hidden_dropout_prob)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """(batch, seq, in) and (batch, seq, hidden) -> (batch, seq, hidden)."""
@@ -94,23 +108,16 @@ class AddAndNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with its output projection.
+    """Self-attention and its output projection: y = LayerNorm(x + dropout([context_1 | ... | context_H] W_o^T + b_o)).
 
-        context_h = dropout(softmax(Q_h K_h^T / sqrt(head) + M)) V_h
-        y = LayerNorm(x + dropout([context_1 | ... | context_H] W_o^T + b_o))
-
-    M is 0 where the key is a real token and -inf where it is padding. The first line is `roberta.attention`'s; here are
-    the projections before and after it. Source: Vaswani et al. 2017, section 3.2.
+    Source: Vaswani et al. 2017, section 3.2.2.
     """
 
     def __init__(self, config: RobertaConfig) -> None:
         super().__init__()
-        hidden = config.hidden_size
-        self.num_heads = config.num_attention_heads
-        self.dropout = Dropout(config.attention_probs_dropout_prob)
         # Called "self" because the checkpoints call it so: attention.self.query is the path of W_q.
-        self.self = PackedLinear(hidden, {"query": hidden, "key": hidden, "value": hidden})
-        self.output = AddAndNorm(hidden, config)
+        self.self = SelfAttention(config)
+        self.output = AddAndNorm(config.hidden_size, config)
 
     def forward(self, hidden_states: Tensor, key_mask: Tensor, queries: int | None = None) -> Tensor:
         """(batch, seq, hidden) and a boolean (batch, 1, 1, seq), true at real tokens -> (batch, queries, hidden).
@@ -118,14 +125,8 @@ class Attention(nn.Module):
         Only the first `queries` tokens are updated (in the last layer one, see `Encoder`), all of them by default; each
         still attends to every real token.
         """
-        if queries is None:
-            projections = (self.self(hidden_states),)
-        else:
-            hidden_states, whole = hidden_states[:, :queries], hidden_states
-            projections = self.self(hidden_states, ("query",)), self.self(whole, ("key", "value"))
-        dropout_prob = self.dropout.p if self.training else 0.0
-        context = attention(projections, self.num_heads, key_mask, dropout_prob)  # (batch, queries, hidden)
-        return self.output(context, residual=hidden_states)
+        context = self.self(hidden_states, key_mask, queries)
+        return self.output(context, residual=hidden_states[:, :queries])
 
 
 class Intermediate(nn.Module):
@@ -136,7 +137,7 @@ class Intermediate(nn.Module):
 
     def __init__(self, config: RobertaConfig) -> None:
         super().__init__()
-        self.dense = Linear(config.hidden_size, config.intermediate_size)
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(batch, seq, hidden) -> (batch, seq, intermediate)."""
@@ -163,7 +164,7 @@ class Encoder(nn.Module):
 
     With `first_token_only`, the last layer updates `<s>` alone, the one vector that classification reads: keys and
     values still come from every token, so the result is the same, but the last layer's query, output and feed-forward
-    matmuls, 10 of its 12 hidden^2 multiply-adds a token, shrink to one token a sequence.
+    matmuls, 10 of its 12 hidden^2 multiply-adds per token, shrink to one token per sequence.
     """
 
     def __init__(self, config: RobertaConfig) -> None:
@@ -179,7 +180,7 @@ class Encoder(nn.Module):
 
 
 class Roberta(nn.Module):
-    """Token ids to one contextual vector a token."""
+    """Token ids to one contextual vector per token."""
 
     def __init__(self, config: RobertaConfig) -> None:
         super().__init__()
@@ -204,9 +205,9 @@ class ClassificationHead(nn.Module):
     def __init__(self, config: RobertaConfig) -> None:
         super().__init__()
         dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-        self.dense = Linear(config.hidden_size, config.hidden_size)
-        self.dropout = Dropout(dropout)
-        self.out_proj = Linear(config.hidden_size, config.num_labels)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(dropout)
+        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
 
     def forward(self, sentence: Tensor) -> Tensor:
         """(batch, hidden) -> (batch, labels)."""

@@ -6,20 +6,15 @@ tokenizer whole (WordPiece for BERT). Padding is the batch's business: see `data
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from ops.files import LARGEST_TOKENIZER, check_size
-from roberta.config import CheckpointError, RobertaConfig
-
-_MOST_GROWTH = 256  # RoBERTa's and BERT's normalizers make no text longer; others' by a few rules, 18 times at most
+from roberta.config import RobertaConfig
+from roberta.files import LARGEST_TOKENIZER, CheckpointError, check_file
 
 # As transformers 5 reads these files; 4 also let <mask> swallow the space before it, as tokenizer.json files may say.
 _ROBERTA_SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
@@ -68,17 +63,10 @@ class TextTokenizer:
             raise CheckpointError(
                 f"{directory}: holds no tokenizer; it needs tokenizer.json, or vocab.json + merges.txt"
             )
+        for file in files:
+            check_file(file, LARGEST_TOKENIZER)
         try:
-            for file in files:
-                check_size(file, LARGEST_TOKENIZER)
-            tokenizer = build()
-            rules = tokenizer.normalizer
-            if rules is not None and _growth(json.loads(rules.__getstate__())) > _MOST_GROWTH:
-                raise CheckpointError(
-                    f"its normalizer could make a text more than {_MOST_GROWTH} times as long; none should, fetch the "
-                    "checkpoint from where you trust it"
-                )
-            return cls(tokenizer, max_length)
+            return cls(build(), max_length)
         except CheckpointError as error:
             raise CheckpointError(f"{source}: {error}") from None
         except Exception as error:  # the library raises bare Exception for every kind of broken file
@@ -159,21 +147,6 @@ class TextTokenizer:
         # Without this file transformers takes the tokenizer class of config.json's model_type, whatever the vocabulary.
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.max_length} | roles
         (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def _growth(normalizer: dict[str, Any]) -> int:
-    """How many times as long a normalizer may make a text at most; rules that follow each other multiply."""
-    kind = normalizer["type"]
-    if kind == "Sequence":
-        return math.prod(map(_growth, normalizer["normalizers"]))
-    if kind == "Replace":  # an expression may match between any two characters
-        return 1 + len(normalizer["content"])
-    if kind == "Prepend":
-        return 1 + len(normalizer["prepend"])
-    if kind == "Precompiled":  # the size of a trie, the trie, then what characters become, each ended by a zero
-        table = base64.b64decode(normalizer["precompiled_charsmap"])
-        return max(1, *map(len, table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")))
-    return 1
 
 
 def _byte_level_bpe(vocab: Path, merges: Path) -> Tokenizer:

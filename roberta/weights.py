@@ -28,8 +28,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ops.files import not_floats, open_safetensors, written_whole
-from roberta.config import CheckpointError, RobertaConfig, model_type
+from roberta.config import RobertaConfig
+from roberta.files import CheckpointError, non_float_tensors, open_weights
 from roberta.model import RobertaForSequenceClassification
 from roberta.tokenizer import TextTokenizer
 
@@ -57,72 +57,61 @@ def load_checkpoint(
     """
     directory = Path(directory)
     path = directory / WEIGHTS_NAME
-    bert = _is_bert(directory / CONFIG_NAME)
     config = config or RobertaConfig.from_file(directory / CONFIG_NAME)
+    bert = config.model_type == "bert"
     with torch.device("meta"):  # shapes without memory: nothing is initialised only to be overwritten
         model = RobertaForSequenceClassification(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    try:
-        with open_safetensors(path) as file:
-            keys = {name: key for key in file.keys() if (name := _parameter_name(key)) is not None}
-            draw_head = new_head or not any(name.startswith("classifier.") for name in keys)
-            if draw_head:
-                keys = {name: key for name, key in keys.items() if not name.startswith("classifier.")}
-                shapes = {name: shape for name, shape in shapes.items() if not name.startswith("classifier.")}
-            _refuse(path, "lacks", set(shapes) - set(keys), "it is not a whole RoBERTa or BERT encoder")
-            unexpected = {keys[name] for name in set(keys) - set(shapes)}
-            _refuse(path, "holds unexpected", unexpected, "it is a checkpoint of another architecture")
-            kinds = [text for text in not_floats(file) if text.rpartition(" ")[0] in keys.values()]
-            _refuse(path, "holds no floating-point numbers in", kinds, "use a checkpoint in 16 or 32 bits")
-            # By the file's header, before any memory is taken: config.json may claim anything.
-            wrong = []
-            for name, key in keys.items():
-                found, wanted = file.get_slice(key).get_shape(), list(shapes[name])
-                if bert and name == _POSITIONS:
-                    wanted[0] -= config.pad_token_id + 1
-                elif bert and name == _TOKEN_TYPES and found:
-                    wanted[0] = max(1, found[0])
-                if found != wanted:
-                    wrong.append(f"{key} ({found}, not {wanted})")
-            head_only = all(key.startswith("classifier.") for key in wrong)
-            mend = (
-                "its head has other labels; draw a new head (model.new_head)"
-                if head_only
-                else "config.json describes another model"
-            )
-            _refuse(path, "has the wrong shape in", wrong, mend)
+    with open_weights(path) as file:
+        keys = {name: key for key in file.keys() if (name := _parameter_name(key)) is not None}
+        draw_head = new_head or not any(name.startswith("classifier.") for name in keys)
+        if draw_head:
+            keys = {name: key for name, key in keys.items() if not name.startswith("classifier.")}
+            shapes = {name: shape for name, shape in shapes.items() if not name.startswith("classifier.")}
+        _refuse(path, "lacks", set(shapes) - set(keys), "it is not a whole RoBERTa or BERT encoder")
+        unexpected = {keys[name] for name in set(keys) - set(shapes)}
+        _refuse(path, "holds unexpected", unexpected, "it is a checkpoint of another architecture")
+        kinds = [f"{key} ({kind})" for key, kind in non_float_tensors(file).items() if key in keys.values()]
+        _refuse(path, "holds no floating-point numbers in", kinds, "use a checkpoint in 16 or 32 bits")
+        # By the file's header, before any memory is taken: config.json may claim anything.
+        wrong = []
+        for name, key in keys.items():
+            found, wanted = file.get_slice(key).get_shape(), list(shapes[name])
+            if bert and name == _POSITIONS:
+                wanted[0] -= config.pad_token_id + 1
+            elif bert and name == _TOKEN_TYPES and found:
+                wanted[0] = max(1, found[0])
+            if found != wanted:
+                wrong.append(f"{key} ({found}, not {wanted})")
+        head_only = all(key.startswith("classifier.") for key in wrong)
+        fix = (
+            "its head has other labels; draw a new head (model.new_head)"
+            if head_only
+            else "config.json describes another model"
+        )
+        _refuse(path, "has the wrong shape in", wrong, fix)
 
-            _refuse_larger_than_memory(path, sum(parameter.numel() for parameter in model.parameters()))
-            model.to_empty(device="cpu")
-            parameters = dict(model.named_parameters())
-            if draw_head:
-                _initialise_head(model.classifier, config)
-            for name, key in keys.items():
-                _copy(file.get_tensor(key), parameters[name], name, config, bert)
-            # All values are finite if the smallest and the largest are; unlike `isfinite`, this takes no memory.
-            edges = {name: torch.aminmax(parameters[name].detach()) for name in keys}
-            broken = [keys[name] for name, pair in edges.items() if not all(edge.isfinite() for edge in pair)]
-            _refuse(path, "has values that are not finite in", broken, "fetch the checkpoint again, or use another")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; a checkpoint folder needs its weights as safetensors") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); fetch the checkpoint again") from None
+        _refuse_larger_than_memory(path, sum(parameter.numel() for parameter in model.parameters()))
+        model.to_empty(device="cpu")
+        parameters = dict(model.named_parameters())
+        if draw_head:
+            _initialise_head(model.classifier, config)
+        for name, key in keys.items():
+            _copy(file.get_tensor(key), parameters[name], name, config, bert)
+        # All values are finite if the smallest and the largest are; unlike `isfinite`, this takes no memory.
+        edges = {name: torch.aminmax(parameters[name].detach()) for name in keys}
+        broken = [keys[name] for name, pair in edges.items() if not all(edge.isfinite() for edge in pair)]
+        _refuse(path, "has values that are not finite in", broken, "fetch the checkpoint again, or use another")
     return model
 
 
 def has_head(directory: str | Path) -> bool:
-    """Whether a checkpoint folder's weights hold a classification head, so that none need be drawn anew.
+    """Whether a checkpoint folder's weights hold a classification head, so that none need be drawn.
 
     Reads the header alone. Raises CheckpointError as `load_checkpoint` does.
     """
-    path = Path(directory) / WEIGHTS_NAME
-    try:
-        with open_safetensors(path) as file:
-            return any(key.startswith("classifier.") for key in file.keys())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; a checkpoint folder needs its weights as safetensors") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); fetch the checkpoint again") from None
+    with open_weights(Path(directory) / WEIGHTS_NAME) as file:
+        return any(key.startswith("classifier.") for key in file.keys())
 
 
 def save_checkpoint(
@@ -141,12 +130,15 @@ def save_checkpoint(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / CONFIG_NAME).write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
-    with written_whole(directory / WEIGHTS_NAME) as part:
-        try:
-            save_file(tensors, str(part), metadata={"format": "pt"})
-        except SafetensorError as error:  # the library's own error, also for a full disk
-            raise OSError(errno.EIO, str(error)) from None
+    part = directory / f"{WEIGHTS_NAME}.part"
+    try:
+        save_file(tensors, str(part), metadata={"format": "pt"})
         shutil.copymode(directory / CONFIG_NAME, part)  # the library lets the owner alone read it
+        part.replace(directory / WEIGHTS_NAME)
+    except SafetensorError as error:  # the library's own error, also for a full disk
+        raise OSError(errno.EIO, str(error), str(directory / WEIGHTS_NAME)) from None
+    finally:
+        part.unlink(missing_ok=True)
     if tokenizer is not None:
         tokenizer.save(directory)
 
@@ -155,12 +147,6 @@ def _parameter_names(config: RobertaConfig) -> list[str]:
     """Names of all parameters of a plain model."""
     with torch.device("meta"):
         return [name for name, _ in RobertaForSequenceClassification(config).named_parameters()]
-
-
-def _is_bert(config_path: Path) -> bool:
-    """Whether the folder's own config.json says so. `RobertaConfig.from_file` reports whatever is wrong with it."""
-    RobertaConfig.from_file(config_path)
-    return model_type(config_path) == "bert"
 
 
 def _parameter_name(key: str) -> str | None:
@@ -204,9 +190,9 @@ def _refuse_larger_than_memory(path: Path, parameters: int) -> None:
         )
 
 
-def _refuse(path: Path, problem: str, keys: set[str] | list[str], mend: str) -> None:
+def _refuse(path: Path, problem: str, keys: set[str] | list[str], fix: str) -> None:
     """Raise CheckpointError if there are such keys, naming the first of them."""
     if keys:
         shown = sorted(keys)[:6]
         more = f" and {len(keys) - len(shown)} more" if len(keys) > len(shown) else ""
-        raise CheckpointError(f"{path}: {problem} {', '.join(shown)}{more}; {mend}")
+        raise CheckpointError(f"{path}: {problem} {', '.join(shown)}{more}; {fix}")

@@ -123,7 +123,7 @@ def folder(tmp_path):
     save_checkpoint(model, tmp_path / "base", TextTokenizer(tiny_tokenizer(), 10))
     config = LoRAConfig(rank=2)
     inject_lora(model, config)
-    save_adapter(model, config, tmp_path / "adapter", base_model="base")
+    save_adapter(model, tmp_path / "adapter", base_model="base")
     return tmp_path
 
 

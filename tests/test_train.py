@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train as train_module
-from lora.adapter import load_adapter
+from lora.peft_format import load_adapter
 from roberta.tokenizer import TextTokenizer
 from tests.conftest import tiny_tokenizer
 from train import groups_of, make_optimizer, train
@@ -287,7 +287,7 @@ def test_checkpoint_with_another_head_asks_for_a_new_one(run, tiny_config, tiny_
 
 def test_the_program_imports_neither_transformers_nor_peft():
     code = (
-        "import sys, train, evaluate; import lora.adapter, training.plots\n"
+        "import sys, train, evaluate; import lora.peft_format, training.plots\n"
         "print(sorted({'transformers', 'peft', 'datasets'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data.assets import sha256_of
-from ops.files import flush, read_settings
+from lora.files import flush
 from training.errors import ConfigError
 from training.scoring import Scores
 

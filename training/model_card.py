@@ -10,7 +10,7 @@ import re
 
 import jinja2
 
-from lora.adapter import read_base_model
+from lora.peft_format import read_base_model
 from training.pages import TEMPLATES, write_whole
 from training.progress import minutes
 from training.run_folder import RunFolder

@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from ops.files import written_whole
+from lora.files import atomic_write
 
 TEMPLATES = Path(__file__).parent / "templates"
 

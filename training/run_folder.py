@@ -22,7 +22,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ops.files import read_settings, written_whole
+from lora.files import atomic_write
 from training.config import RunConfig, read_config, write_config
 from training.errors import ConfigError
 

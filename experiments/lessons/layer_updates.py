@@ -13,7 +13,7 @@ import torch
 
 from experiments.lessons.common import Lesson, Task, fit, run_lesson
 from lora.config import LoRAConfig
-from lora.inject import lora_layers
+from lora.inject import adapters
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +34,7 @@ def lesson(task: Task, steps: int = 100) -> Lesson:
     model = task.adapted(LoRAConfig(rank=6, alpha=14, target_modules=MATRICES))
     with torch.enable_grad():
         losses = fit(model, task.batches(steps))
-    layers = lora_layers(model)
+    layers = adapters(model)
     number = len(layers) // len(MATRICES)
     sizes = np.array(
         [

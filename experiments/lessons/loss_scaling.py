@@ -21,7 +21,7 @@ from torch import nn
 from data.batching import Batch
 from experiments.lessons.common import CPU, Lesson, Task, fit, run_lesson
 from lora.config import LoRAConfig
-from lora.inject import lora_layers
+from lora.inject import adapters
 from lora.packed import PackedLoRALinear
 from training.plots import PALETTE
 from training.precision import Compute
@@ -55,7 +55,7 @@ def shares(model: nn.Module, batch: Batch, compute: Compute, scale: float) -> di
     """Shares of the entries of G at real tokens: zero, subnormal in its format, inf or nan; and of dL/dB: zero."""
     gradients = backward(model, batch, compute, scale)
     entries = torch.cat([g[batch.attention_mask] for g in gradients if g.shape[1] > 1], dim=-1)
-    of_B = torch.cat([layer.lora_B.grad.flatten() for layer in lora_layers(model).values()])
+    of_B = torch.cat([layer.lora_B.grad.flatten() for layer in adapters(model).values()])
     return {
         "zero": (entries == 0).double().mean().item(),
         "subnormal": ((entries != 0) & (entries.abs() < torch.finfo(entries.dtype).tiny)).double().mean().item(),

@@ -15,7 +15,7 @@ import torch
 
 from experiments.lessons.common import Lesson, Task, fit, run_lesson
 from lora.config import LoRAConfig
-from lora.inject import lora_layers
+from lora.inject import adapters
 from training.plots import PALETTE
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ NAMES = {False: "alpha / r", True: "alpha / sqrt(r)"}
 @torch.no_grad()
 def update_size(model: torch.nn.Module) -> float:
     """|s B A| / |W| (Frobenius norms), the mean over all adapted layers."""
-    sizes = [layer.delta_weight().norm() / layer.base.weight.norm() for layer in lora_layers(model).values()]
+    sizes = [layer.delta_weight().norm() / layer.base.weight.norm() for layer in adapters(model).values()]
     return torch.stack(sizes).mean().item()
 
 
@@ -39,7 +39,7 @@ def lesson(task: Task, steps: int = 25, ranks: Sequence[int] = (1, 4, 16, 64), a
         for rank in ranks:
             model = task.adapted(LoRAConfig(rank=rank, alpha=alpha, use_rslora=use_rslora))
             losses = fit(model, batches)
-            scale = next(iter(lora_layers(model).values())).scaling
+            scale = next(iter(adapters(model).values())).scaling
             tail = losses[-5:]
             found[use_rslora, rank] = {
                 "scale": scale,

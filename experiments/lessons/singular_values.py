@@ -16,7 +16,7 @@ import torch
 
 from experiments.lessons.common import Lesson, Task, fit, run_lesson
 from lora.config import LoRAConfig
-from lora.inject import lora_layers
+from lora.inject import adapters
 from training.plots import PALETTE
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ def lesson(task: Task, steps: int = 45, ranks: Sequence[int] = (4, 16, 64)) -> L
     for rank in ranks:
         model = task.adapted(LoRAConfig(rank=rank, alpha=8, use_rslora=True))
         fit(model, batches)
-        spectra[f"rank {rank}"] = spectrum([layer.delta_weight() for layer in lora_layers(model).values()])
-    names = list(lora_layers(model))
+        spectra[f"rank {rank}"] = spectrum([layer.delta_weight() for layer in adapters(model).values()])
+    names = list(adapters(model))
     model = copy.deepcopy(task.model)
     fit(model, batches, FREE_RATE)
     updates = [model.get_submodule(name).weight - task.model.get_submodule(name).weight for name in names]

@@ -18,7 +18,7 @@ from torch import nn
 
 from experiments.lessons.common import Lesson, Task, draw_losses, fit, run_lesson
 from lora.config import LoRAConfig
-from lora.inject import lora_layers
+from lora.inject import adapters
 from training.plots import PALETTE
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ STARTS = {
 
 def start(model: nn.Module, start_of_A: str, start_of_B: str) -> None:
     """Fill all A and B: "random" is the Kaiming-uniform draw of `LoRALinear.reset_parameters`, for B too."""
-    for layer in lora_layers(model).values():
+    for layer in adapters(model).values():
         for matrix, how in ((layer.lora_A, start_of_A), (layer.lora_B, start_of_B)):
             if how == "random":
                 nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
@@ -44,7 +44,7 @@ def start(model: nn.Module, start_of_A: str, start_of_B: str) -> None:
 
 def gradient_norms(model: nn.Module) -> tuple[float, float]:
     """The norms of the gradients of all A together and of all B together."""
-    layers = lora_layers(model).values()
+    layers = adapters(model).values()
     norms = [[getattr(layer, name).grad.norm() for layer in layers] for name in ("lora_A", "lora_B")]
     return tuple(torch.stack(each).norm().item() for each in norms)
 

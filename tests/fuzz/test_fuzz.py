@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from data.errors import DataError
 from data.sources import DataConfig, load_source, read_unlabelled
-from lora.adapter import adapter_shapes, load_adapter, read_base_model, save_adapter
+from lora.peft_format import adapter_shapes, load_adapter, read_base_model, save_adapter
 from lora.config import LoRAConfig, LoRAError
 from lora.inject import inject_lora
 from roberta.config import CheckpointError, RobertaConfig
@@ -70,7 +70,7 @@ def folder(tmp_path):
     save_checkpoint(model, tmp_path / "base", TextTokenizer(tiny_tokenizer(), 10))
     config = LoRAConfig(rank=2, bias="lora_only", rank_pattern={"value": 1})
     inject_lora(model, config)
-    save_adapter(model, config, tmp_path / "adapter", base_model="base")
+    save_adapter(model, tmp_path / "adapter", base_model="base")
     return tmp_path
 
 

@@ -103,7 +103,7 @@ def test_adapters_change_the_output_of_packed_blocks_too():
         ({"target_modules": ("qeury",)}, "'qeury' matches no linear layer; there are query|attention.self.query"),
         ({"target_modules": ("query", "nothing")}, "'nothing' matches no linear layer"),
         ({"target_modules": r"layer\.9\..*"}, "matches no linear layer"),
-        ({"target_modules": ("LayerNorm",)}, "a LayerNorm; LoRA here wraps nn.Linear"),
+        ({"target_modules": ("LayerNorm",)}, "a LayerNorm; adapters wrap nn.Linear"),
         ({"target_modules": ("classifier.dense",)}, "'classifier.dense' matches no linear layer"),
         ({"modules_to_save": ("head",)}, "'head' matches no module; the model's parts are roberta, classifier"),
         ({"layers_to_transform": (1, 7)}, "no layer 7; the model has layers 0 to 2"),
@@ -122,7 +122,7 @@ def test_settings_that_do_not_fit_are_refused_before_anything_changes(fields, sa
 
 def test_a_second_injection_is_refused():
     model = inject_lora(roberta(), LoRAConfig())
-    with pytest.raises(LoRAError, match="carries LoRA adapters already"):
+    with pytest.raises(LoRAError, match="carries adapters already"):
         inject_lora(model, LoRAConfig())
 
 
@@ -169,7 +169,7 @@ def test_any_model_is_adapted_saved_loaded_and_merged(tmp_path):
                 parameter.normal_()
     x = torch.randn(5, 6)
     expected = model(x)
-    save_adapter(model, config, tmp_path)
+    save_adapter(model, tmp_path)
     fresh = Mixer()
     plain = {name.replace(".base.", "."): p for name, p in model.state_dict().items() if "lora_" not in name}
     fresh.load_state_dict(plain)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora.adapter import load_adapter, read_adapter_config, save_adapter
+from lora.peft_format import load_adapter, read_adapter_config, save_adapter
 from lora.config import LoRAConfig, LoRAError
 from lora.inject import inject_lora, merge_lora
 from tests.parity.oracle import (
@@ -64,7 +64,7 @@ def randomise_biases(ours, theirs):
 def test_peft_loads_what_we_save(tmp_path, config):
     ours, theirs = adapted_pair(tmp_path / "base", config, dtype=torch.float32)
     randomise_biases(ours, theirs)
-    save_adapter(ours, config, tmp_path / "adapter", base_model=str(tmp_path / "base"), task_type="SEQ_CLS")
+    save_adapter(ours, tmp_path / "adapter", base_model=str(tmp_path / "base"), task_type="SEQ_CLS")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # peft warns of missing keys and of a damaged configuration
         loaded = peft.PeftModel.from_pretrained(reference_model(), tmp_path / "adapter")
@@ -86,7 +86,7 @@ def test_we_load_what_peft_saves(tmp_path, config):
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_files_hold_the_same_keys_and_settings_as_pefts(tmp_path, config):
     ours, theirs = adapted_pair(tmp_path / "base", config, dtype=torch.float32)
-    save_adapter(ours, config, tmp_path / "ours", task_type="SEQ_CLS")
+    save_adapter(ours, tmp_path / "ours", task_type="SEQ_CLS")
     theirs.save_pretrained(tmp_path / "theirs")
     mine = load_file(tmp_path / "ours" / "adapter_model.safetensors")
     others = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
@@ -113,7 +113,7 @@ def test_the_order_of_overlapping_patterns_survives(tmp_path):
     )
     ours, theirs = adapted_pair(tmp_path / "base", config, dtype=torch.float32)
     assert_close(ours_logits(ours), peft_logits(theirs), 1e-5, "logits in memory")
-    save_adapter(ours, config, tmp_path / "adapter", task_type="SEQ_CLS")
+    save_adapter(ours, tmp_path / "adapter", task_type="SEQ_CLS")
     again = our_copy(reference_model(), tmp_path / "again", torch.float32)
     load_adapter(again, tmp_path / "adapter")
     assert torch.equal(ours_logits(again), ours_logits(ours))
@@ -126,7 +126,7 @@ def saved(tmp_path):
     """A base model and an adapter folder on disk, written by us."""
     config = LoRAConfig(rank=2, bias="lora_only")
     ours, _ = adapted_pair(tmp_path / "base", config, dtype=torch.float32)
-    save_adapter(ours, config, tmp_path / "adapter")
+    save_adapter(ours, tmp_path / "adapter")
     return our_copy(reference_model(), tmp_path / "again", torch.float32), tmp_path / "adapter"
 
 
@@ -213,7 +213,11 @@ def test_an_unknown_field_is_accepted_when_off_and_refused_by_name_when_on(saved
         ({"peft_type": "IA3"}, "peft_type"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"r": 0}, "rank is 0"),
-        ({"r": "two"}, "rank is 'two'"),
+        ({"r": "two"}, "r is 'two'; it must be a number"),
+        ({"layers_to_transform": ["a"]}, "layers_to_transform is .*; it must be a list of layer numbers"),
+        ({"rank_pattern": {"query": "2"}}, "rank_pattern is .*; it must be numbers by name"),
+        ({"use_rslora": "yes"}, "use_rslora is 'yes'; it must be true or false"),
+        ({"r": 1 << 40}, r"has the wrong shape in .*lora_A.weight \(\[2, 24\], not \[1099511627776, 24\]\)"),
         ({"target_modules": None}, "target_modules is missing"),
         ({"target_modules": ["nothing"]}, "'nothing' matches no linear layer"),
     ],
@@ -270,7 +274,7 @@ def test_settings_of_peft_0_10_load(saved):
     model, folder = saved
     ours_config = LoRAConfig(rank=2, alpha=14)
     base = our_copy(reference_model(), folder.parent / "third", torch.float32)
-    save_adapter(inject_lora(base, ours_config), ours_config, folder)
+    save_adapter(inject_lora(base, ours_config), folder)
     (folder / "adapter_config.json").write_text(json.dumps(PEFT_0_10))
     loaded = load_adapter(model, folder)
     assert (loaded.rank, loaded.alpha, loaded.modules_to_save) == (2, 14, ("classifier",))
@@ -289,7 +293,7 @@ def test_a_partly_trained_new_head_is_saved_whole(tmp_path):
     config = LoRAConfig(rank=2, modules_to_save=("classifier.out_proj",))
     model = our_copy(reference_model(), tmp_path / "base", torch.float32)
     inject_lora(model, config)
-    save_adapter(model, config, tmp_path / "adapter", task_type="SEQ_CLS", also=("classifier",))
+    save_adapter(model, tmp_path / "adapter", task_type="SEQ_CLS", also=("classifier",))
     expected = ours_logits(model)
     other = our_copy(reference_model(), tmp_path / "other", torch.float32)
     with torch.no_grad():

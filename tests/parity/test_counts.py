@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from lora.config import LoRAConfig
-from lora.inject import count_parameters, inject_lora, lora_layers
+from lora.inject import count_parameters, inject_lora, adapters
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
 from tests.parity.oracle import assert_same, our_name, peft_config
@@ -92,12 +92,12 @@ def test_targets_mean_the_modules_that_they_mean_in_peft(targets):
         inject_lora(ours, config)
         theirs = peft.get_peft_model(theirs, peft_config(config))
     matched = set(theirs.base_model.targeted_module_names)
-    assert_same(set(lora_layers(ours)), matched, "adapted modules")
+    assert_same(set(adapters(ours)), matched, "adapted modules")
 
 
 def test_output_dense_means_both_matrices_of_a_layer():
     ours, _ = (copy.deepcopy(model) for model in plain_models("base"))
     with torch.device("meta"):
         inject_lora(ours, LoRAConfig(target_modules=("output.dense",)))
-    assert {name.split(".", 4)[4] for name in lora_layers(ours)} == {"attention.output.dense", "output.dense"}
-    assert len(lora_layers(ours)) == 24
+    assert {name.split(".", 4)[4] for name in adapters(ours)} == {"attention.output.dense", "output.dense"}
+    assert len(adapters(ours)) == 24

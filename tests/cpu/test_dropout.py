@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ops.dropout import Dropout, dropout_mask, rounded
+from cpu.dropout import FastDropout, dropout_mask, rounded, use_fast_dropout
 
 PROBABILITIES = [0.1, 0.25, 0.5, 0.9]
 
@@ -42,7 +42,7 @@ def test_neighbours_rows_and_the_four_elements_of_a_word_are_independent(p):
 def test_mean_and_variance_of_the_output(p):
     torch.manual_seed(1)
     x = torch.randn(2_000_000, dtype=torch.float64)
-    y = Dropout(p)(x)
+    y = FastDropout(p)(x)
     assert (y - x).mean().item() == pytest.approx(0, abs=5 * math.sqrt(p / (1 - p) / x.numel()))
     assert y.var().item() == pytest.approx(1 / (1 - p), rel=0.02)
 
@@ -50,7 +50,7 @@ def test_mean_and_variance_of_the_output(p):
 def test_the_backward_pass_uses_the_same_mask():
     torch.manual_seed(0)
     x = torch.randn(64, 33, requires_grad=True)
-    y = Dropout(0.3)(x)
+    y = FastDropout(0.3)(x)
     upstream = torch.randn(64, 33)
     y.backward(upstream)
     kept = y != 0
@@ -58,10 +58,10 @@ def test_the_backward_pass_uses_the_same_mask():
     torch.testing.assert_close(x.grad[kept], upstream[kept] / (1 - rounded(0.3)))
 
 
-def test_the_mask_is_all_that_waits_for_the_backward_pass():
+def test_the_mask_is_all_that_is_kept_for_the_backward_pass():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        Dropout(0.1)(torch.randn(100, 40, requires_grad=True))
+        FastDropout(0.1)(torch.randn(100, 40, requires_grad=True))
     assert [(tensor.dtype, tensor.numel()) for tensor in kept] == [(torch.uint8, 4000)]
 
 
@@ -75,7 +75,7 @@ def test_a_seed_decides_the_mask_and_every_call_draws_anew():
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_nothing_happens_at_evaluation_or_with_p_zero(p):
     x = torch.randn(5, 6)
-    layer = Dropout(p).eval() if p else Dropout(p).train()
+    layer = FastDropout(p).eval() if p else FastDropout(p).train()
     assert layer(x) is x
 
 
@@ -83,13 +83,31 @@ def test_nothing_happens_at_evaluation_or_with_p_zero(p):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_any_shape_and_type(shape, dtype):
     x = torch.ones(shape, dtype=dtype)
-    y = Dropout(0.5)(x)
+    y = FastDropout(0.5)(x)
     assert y.shape == x.shape and y.dtype == dtype
 
 
 @pytest.mark.parametrize("p", [0.999_999, 1.0])
 def test_a_probability_that_rounds_to_one_drops_almost_everything(p):
     x = torch.ones(10, requires_grad=True)
-    y = Dropout(p).train()(x)
+    y = FastDropout(p).train()(x)
     y.sum().backward()
     assert y.isfinite().all() and (y == 0).sum() >= 9 and x.grad.isfinite().all()
+
+
+def test_every_dropout_of_a_model_is_replaced_with_its_probability_and_mode():
+    model = torch.nn.Sequential(
+        torch.nn.Dropout(0.1), torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.2))
+    )
+    model.eval()
+    use_fast_dropout(model)
+    replaced = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert [(type(module), module.p, module.training) for module in replaced] == [
+        (FastDropout, 0.1, False),
+        (FastDropout, 0.2, False),
+    ]
+
+
+def test_on_another_device_masks_are_torchs():
+    y = FastDropout(0.5)(torch.ones(4, device="meta"))
+    assert y.device.type == "meta"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.files import written_whole
+from lora.files import atomic_write
 
 
 def test_written_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
@@ -23,7 +23,7 @@ def test_written_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypa
 
     monkeypatch.setattr(os, "fsync", flush)
     monkeypatch.setattr(Path, "replace", replace)
-    with written_whole(file) as part:
+    with atomic_write(file) as part:
         part.write_text("whole")
     assert done == ["flush report.json.part", "rename", f"flush {tmp_path.name}"]
     assert file.read_text() == "whole" and list(tmp_path.iterdir()) == [file]
@@ -38,7 +38,7 @@ def refuse(number):
 
 def test_folder_that_knows_no_flush_is_written_to_all_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", refuse(errno.EINVAL))
-    with written_whole(tmp_path / "report.json") as part:
+    with atomic_write(tmp_path / "report.json") as part:
         part.write_text("whole")
     assert (tmp_path / "report.json").read_text() == "whole"
 
@@ -46,7 +46,7 @@ def test_folder_that_knows_no_flush_is_written_to_all_the_same(tmp_path, monkeyp
 def test_flush_that_finds_the_disk_full_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     (tmp_path / "report.json").write_text("before")
     monkeypatch.setattr(os, "fsync", refuse(errno.ENOSPC))
-    with pytest.raises(OSError, match="No space left"), written_whole(tmp_path / "report.json") as part:
+    with pytest.raises(OSError, match="No space left"), atomic_write(tmp_path / "report.json") as part:
         part.write_text("whole")
     assert (tmp_path / "report.json").read_text() == "before" and len(list(tmp_path.iterdir())) == 1
 
@@ -55,7 +55,7 @@ def test_flush_that_finds_the_disk_full_leaves_the_file_as_it_was(tmp_path, monk
 def test_file_that_could_not_be_written_is_what_it_was(tmp_path, error):
     file = tmp_path / "report.json"
     file.write_text("before")
-    with pytest.raises(type(error)) as raised, written_whole(file) as part:
+    with pytest.raises(type(error)) as raised, atomic_write(file) as part:
         part.write_text("half")
         raise error
     assert file.read_text() == "before" and list(tmp_path.iterdir()) == [file]

@@ -1,0 +1,267 @@
+"""Adapters on disk, in peft's own format: `adapter_config.json` + `adapter_model.safetensors`.
+
+What is written here, `peft.PeftModel.from_pretrained` loads, and the other way round. A key of the file is
+"base_model.model." + the name of the parameter in the plain model, with the adapter's own parameters appended:
+
+    base_model.model.roberta.encoder.layer.0.attention.self.query.lora_A.weight      A, (r, in)
+    base_model.model.roberta.encoder.layer.0.attention.self.query.lora_B.weight      B, (out, r)
+    base_model.model.roberta.encoder.layer.0.attention.self.query.base_layer.bias    a trained bias of an adapted layer
+    base_model.model.classifier.out_proj.weight                                      a module trained fully
+
+Source: the files of peft 0.10 to 0.21; tests/parity/test_adapters.py holds both directions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from lora.adapter import Adapter
+from lora.config import LoRAConfig, LoRAError
+from lora.files import atomic_write
+from lora.inject import adapters, inject_lora, saved_modules, targeted_linears
+from lora.targets import matches
+from lora.untrusted import check_settings, non_float_tensors, open_weights, read_json
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+# Fields of peft's file that say nothing about the function computed: where it came from, or how to initialise it.
+_WITHOUT_EFFECT = set(
+    "auto_mapping base_model_name_or_path inference_mode init_lora_weights loftq_config megatron_core peft_type "
+    "peft_version revision runtime_config task_type qalora_group_size".split()
+)
+_WRAPPER_PARTS = (".original_module.", ".modules_to_save.")
+# peft adds both names to modules_to_save for every classifier; a model has the one or the other.
+_HEAD_NAMES = ("classifier", "score")
+
+
+def save_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    base_model: str | None = None,
+    task_type: str | None = None,
+    also: tuple[str, ...] = (),
+) -> None:
+    """Write the adapters, trained biases and fully trained modules of `model`, and its settings, as peft does.
+
+    `base_model` is the name or path under which the base checkpoint is found again, `task_type` peft's name of the
+    task ("SEQ_CLS" for classification). `also` names modules to save completely even where they are only partly
+    trained: a new head is in no checkpoint, and without its frozen part the adapter could not be loaded again. The
+    folder is made; each file appears whole or not at all. Raises LoRAError if the model has no adapters, OSError if a
+    file can't be written.
+    """
+    config = getattr(model, "adapter_config", None)
+    if config is None:
+        raise LoRAError("this model carries no adapters; inject them before saving")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    partly = tuple(name for name in config.modules_to_save if not matches(also, name.split(".")[0]))
+    config = dataclasses.replace(config, modules_to_save=(*partly, *also))
+    tensors = {
+        key: parameter.detach().cpu().contiguous()
+        for key, parameter in _saved_parameters(model, config, adapters(model)).items()
+    }
+    fields: dict[str, Any] = {
+        "peft_type": config.peft_type,
+        "task_type": task_type,
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "fan_in_fan_out": False,
+    }
+    for ours, theirs in _fields().items():
+        value = getattr(config, ours)
+        fields[theirs] = dict(value) if isinstance(value, Mapping) else value
+    with atomic_write(directory / WEIGHTS_NAME) as part:
+        part.write_bytes(save(tensors, metadata={"format": "pt"}))
+    # Sorted by name, but not within the patterns: the first that matches counts, so their order is part of the meaning.
+    with atomic_write(directory / CONFIG_NAME) as part:
+        part.write_text(json.dumps(dict(sorted(fields.items())), indent=2) + "\n", encoding="utf-8")
+
+
+def load_adapter(model: nn.Module, directory: str | Path) -> LoRAConfig:
+    """Give `model` the adapters of a folder that `save_adapter` or peft wrote; returns their settings.
+
+    A model without adapters gets them by the file's settings; one that has them must have the same ones.
+
+    Raises LoRAError, before the model is changed, if a file is missing or broken, if the settings ask for what is not
+    done here, if the adapters don't fit the model, or if a tensor is missing (the head included), unexpected, of
+    another shape, or not finite; and after it if an update is not finite. Raises RuntimeError if the model's own
+    adapters are merged: its weights would keep their update.
+    """
+    carried = adapters(model)
+    if any(adapter.is_merged for adapter in carried.values()):
+        raise RuntimeError("this model's adapters are merged; unmerge them before loading others")
+    directory = Path(directory)
+    config = read_adapter_config(directory, model)
+    path = directory / WEIGHTS_NAME
+    # What the settings ask for, without memory: they may claim any rank.
+    planned = _planned_adapters(model, config, carried, directory)
+    wanted = _saved_parameters(model, config, planned)
+    optional = {_key(name, planned): parameter for name, parameter in model.named_parameters()}
+    with open_weights(path) as file:
+        # With bias="all" peft writes the biases of fully trained modules twice more, under its wrapper's names.
+        held = {key for key in file.keys() if not any(part in key for part in _WRAPPER_PARTS)}
+        biases = {key for key in wanted if key.endswith(".base_layer.bias")}
+        if config.bias == "lora_only" and biases and not biases & held:
+            # Early peft versions (0.10 among them) train these biases and then forget to save them.
+            warnings.warn(
+                f"{path}: holds none of the biases that were trained; the base model's are used", stacklevel=2
+            )
+            wanted = {key: parameter for key, parameter in wanted.items() if key not in biases}
+        _refuse(path, "lacks", set(wanted) - held, "the adapter is not whole; save it again with its head and biases")
+        # Frozen parameters that the base checkpoint lacks (see `save_adapter`).
+        wanted |= {key: optional[key] for key in held - set(wanted) if key in optional}
+        _refuse(path, "holds unexpected", held - set(wanted), "adapter_config.json describes another adapter")
+        kinds = [f"{key} ({kind})" for key, kind in non_float_tensors(file).items() if key in wanted]
+        _refuse(path, "holds no floating-point numbers in", kinds, "train the adapter without quantization")
+        shapes = {key: (file.get_slice(key).get_shape(), list(parameter.shape)) for key, parameter in wanted.items()}
+        wrong = [f"{key} ({found}, not {expected})" for key, (found, expected) in shapes.items() if found != expected]
+        _refuse(
+            path, "has the wrong shape in", wrong, "it belongs to another base model, number of labels or configuration"
+        )
+        loaded = {key: file.get_tensor(key) for key in wanted}
+    broken = [key for key, tensor in loaded.items() if not bool(torch.isfinite(tensor.float()).all())]
+    _refuse(path, "has values that are not finite in", broken, "its training failed; use another")
+    if not carried:
+        inject_lora(model, config)
+    _copy(loaded, model, directory)
+    return config
+
+
+@torch.no_grad()
+def _copy(loaded: dict[str, torch.Tensor], model: nn.Module, directory: Path) -> None:
+    """Copy tensors of the file into the model's parameters; LoRAError if an update overflows."""
+    wrapped = adapters(model)
+    for name, parameter in model.named_parameters():
+        if (key := _key(name, wrapped)) in loaded:
+            parameter.copy_(loaded[key])
+    for name, adapter in wrapped.items():
+        if not bool(torch.isfinite(adapter.merged()[0]).all()):
+            raise LoRAError(f"{directory}: the update of {name} is not finite; use another adapter")
+
+
+def _planned_adapters(
+    model: nn.Module, config: LoRAConfig, carried: dict[str, Adapter], directory: Path
+) -> dict[str, Adapter]:
+    """The adapters that `config` asks for, on the meta device. Raises LoRAError if the model carries other ones."""
+    linears = {name: adapter.base for name, adapter in carried.items()} or targeted_linears(model, config)
+    planned = {
+        name: config.wrap(nn.Linear(base.in_features, base.out_features, device="meta"), name)
+        for name, base in linears.items()
+    }
+    for name, adapter in carried.items():
+        chosen = matches(config.target_modules, name, config.layers_to_transform)
+        if not chosen or type(adapter) is not type(planned[name]) or adapter.extra_repr() != planned[name].extra_repr():
+            raise LoRAError(f"{directory}: other settings than those of the model's adapter on {name}; load it afresh")
+    return planned
+
+
+def _key(name: str, wrapped: Mapping[str, Adapter]) -> str:
+    """Key in the file of the parameter `name` of a model whose layers `wrapped` are adapted, or are to be."""
+    module, _, own = name.rpartition(".")
+    if module in wrapped and own in wrapped[module].peft_keys:
+        return f"{_PREFIX}{module}.{wrapped[module].peft_keys[own]}"
+    layer = module.removesuffix(".base")
+    return f"{_PREFIX}{layer}.base_layer.{own}" if layer in wrapped else f"{_PREFIX}{name}"
+
+
+def _saved_parameters(model: nn.Module, config: LoRAConfig, wrapped: Mapping[str, Adapter]) -> dict[str, nn.Parameter]:
+    """Key in the file -> parameter, for all that belongs to the adapter; those of the adapters are of `wrapped`."""
+    saved = {
+        f"{_PREFIX}{name}.{key}": adapter.get_parameter(own)
+        for name, adapter in wrapped.items()
+        for own, key in adapter.peft_keys.items()
+    }
+    fully_trained = tuple(f"{name}." for name in saved_modules(model, config))
+    for name, parameter in model.named_parameters():
+        module, _, own = name.rpartition(".")
+        adapted = module.removesuffix(".base") in wrapped
+        trained_bias = own == "bias" and (config.bias == "all" or (config.bias == "lora_only" and adapted))
+        if name.startswith(fully_trained) or trained_bias:
+            saved.setdefault(_key(name, wrapped), parameter)
+    return saved
+
+
+def _fields() -> dict[str, str]:
+    """Our settings -> peft's names of them."""
+    return {field.name: LoRAConfig.peft_names.get(field.name, field.name) for field in dataclasses.fields(LoRAConfig)}
+
+
+def read_base_model(directory: str | Path) -> str | None:
+    """Name or path of the base checkpoint that the adapter was trained on, if its settings tell.
+
+    Raises LoRAError if they can't be read, or give what is not a name.
+    """
+    path = Path(directory) / CONFIG_NAME
+    name = read_json(path).get("base_model_name_or_path") or None
+    if name is not None and not isinstance(name, str):
+        raise LoRAError(f"{path}: base_model_name_or_path is {name!r}; it must be a name")
+    return name
+
+
+def read_adapter_config(directory: str | Path, model: nn.Module | None = None) -> LoRAConfig:
+    """The settings in a folder's `adapter_config.json`.
+
+    Fields unknown here are accepted at a value that switches them off (null, false, 0, empty), and refused by name
+    otherwise: each of them would change what the adapter computes. With a `model`, names of heads that peft adds
+    to `modules_to_save` for every classifier are dropped where the model has no such part. Raises LoRAError that names
+    the file and the field.
+    """
+    path = Path(directory) / CONFIG_NAME
+    raw = read_json(path)
+    if raw.get("peft_type") != LoRAConfig.peft_type:
+        raise LoRAError(f"{path}: peft_type is {raw.get('peft_type')!r}; only LORA adapters can be loaded")
+    known = set(_fields().values()) | _WITHOUT_EFFECT
+    for name, value in raw.items():
+        if name not in known and value:
+            raise LoRAError(f"{path}: {name} = {json.dumps(value)} is not supported; train the adapter without it")
+    if raw.get("init_lora_weights") not in (True, False, None, "gaussian"):
+        # PiSSA, OLoRA and the like change the base weights when they start, so the update alone is not the model.
+        raise LoRAError(
+            f"{path}: init_lora_weights = {raw['init_lora_weights']!r} changes the base model; not supported"
+        )
+    check_settings(path, raw)
+    if raw.get("target_modules") is None:
+        raise LoRAError(f"{path}: target_modules is missing; name the layers that the adapter belongs to")
+    values = {ours: raw[theirs] for ours, theirs in _fields().items() if raw.get(theirs) is not None}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    layers = values.pop("layers_to_transform", ())
+    if layers != ():
+        values["layers_to_transform"] = (layers,) if isinstance(layers, int) else layers
+    saved = values.get("modules_to_save", ())
+    if raw.get("task_type") == "SEQ_CLS":  # peft trains and saves the head of every classifier; 0.10 does not say so
+        saved = (*saved, *_HEAD_NAMES)
+    parts = set(_HEAD_NAMES) if model is None else {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    values["modules_to_save"] = tuple(name for name in dict.fromkeys(saved) if name not in _HEAD_NAMES or name in parts)
+    try:
+        return LoRAConfig(**values)
+    except LoRAError as error:
+        raise LoRAError(f"{path}: {error}") from None
+
+
+def adapter_shapes(directory: str | Path) -> dict[str, list[int]]:
+    """Shapes of the tensors in a folder's `adapter_model.safetensors`, by their names without peft's prefix.
+
+    Reads the header alone. Raises LoRAError if the file is missing or broken.
+    """
+    with open_weights(Path(directory) / WEIGHTS_NAME) as file:
+        return {key.removeprefix(_PREFIX): file.get_slice(key).get_shape() for key in file.keys()}
+
+
+def _refuse(path: Path, problem: str, keys: Iterable[str], fix: str) -> None:
+    """Raise LoRAError if there are such keys, naming the first of them."""
+    if names := sorted(keys):
+        more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+        raise LoRAError(f"{path}: {problem} {', '.join(names[:6])}{more}; {fix}")
