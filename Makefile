@@ -1,4 +1,4 @@
-# LoRABERTa: `make` lists what there is. Every target sets up what it needs, once, in .venv.
+# LoRABERTa: `make` lists the targets. Each one first sets up what it needs, once, in .venv.
 
 PYTHON ?= python3
 CONFIG ?= experiments/quickstart.toml
@@ -21,7 +21,7 @@ help: ## list the targets
 	@echo '  make train CONFIG=experiments/agnews/base_r6_a14_qkv.toml ARGS="--lora.rank 8"'
 	@echo "  PYTHON=python3.12 make setup   chooses the interpreter (3.11 or later)"
 
-setup: $(VENV)/.installed ## create .venv and install what running needs (the others do it by themselves)
+setup: $(VENV)/.installed ## create .venv and install what running needs (the other targets do it themselves)
 
 train: $(VENV)/.installed ## train and score: CONFIG=file.toml, ARGS="--lora.rank 8 ..."
 	@$(BIN)/python train.py $(CONFIG) $(ARGS)
@@ -29,11 +29,11 @@ train: $(VENV)/.installed ## train and score: CONFIG=file.toml, ARGS="--lora.ran
 table: $(VENV)/.installed ## run a set of configurations into one table: CONFIG=folder or file, ARGS="--seeds 3 --jobs 2"
 	@$(BIN)/python -m experiments.table $(TABLE_CONFIG) $(ARGS)
 
-# One thread a worker: two workers that both use two threads get in each other's way.
+# One thread per worker: two workers with two threads each slow each other down.
 test: $(VENV)/.installed-dev ## run all proofs and tests
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n 2 $(ARGS)
 
-proofs: $(VENV)/.installed-dev ## print one table: how far from peft and transformers each result is
+proofs: $(VENV)/.installed-dev ## print one table: how far each result is from peft and transformers
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m tests.parity.proofs -n 2 $(ARGS)
 
 fuzz: $(VENV)/.installed-dev ## give every reader 100,000 broken files (FILES=...)
@@ -45,19 +45,20 @@ faults: $(VENV)/.installed-dev ## break runs (disk, memory, clock, kill, damage)
 bench: $(VENV)/.installed-dev ## compare with peft + transformers side by side: ARGS="--device cuda --json out.json"
 	@$(BIN)/python -m benchmarks.against_peft $(ARGS)
 
-bench-scaling: $(VENV)/.installed-dev ## how seconds and memory grow with batch, length, rank, layers and rows
+bench-scaling: $(VENV)/.installed-dev ## measure how time and memory grow with batch, length, rank, layers and rows
 	@$(BIN)/python -m benchmarks.scaling $(ARGS)
 
-lint: $(VENV)/.installed-dev ## check style and types of mistakes
+lint: $(VENV)/.installed-dev ## check style, security and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean: ## remove .venv and caches of tools (not runs/)
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A stamp is written last, so a step cut off is done again, even after a crash; after a change it is older than
-# pyproject.toml. The project is installed in place ("editable"): its dependencies come along, its files stay yours.
+# A stamp is written last: an interrupted step is repeated, and so is one whose stamp is older than pyproject.toml. The
+# project is installed in place ("editable"): lora and roberta can be imported from anywhere, the rest runs from here.
 $(VENV)/.installed: pyproject.toml | $(VENV)/.created
 	@echo "installing what LoRABERTa needs into $(VENV) (once; a few minutes)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
