@@ -35,7 +35,7 @@ def test_memory_that_is_used_up_is_one_line_that_says_what_to_lower(command, wor
     assert "--resume" in err and "train.batch_size" in err
 
 
-def test_a_lost_process_is_no_lack_of_memory(capsys):
+def test_a_lost_process_is_not_an_out_of_memory_error(capsys):
     assert run_command(failing(LostProcessError("another process is out of memory"))) == EXIT_LOST
     assert capsys.readouterr().err == "error: another process is out of memory\n"
 

@@ -1,8 +1,8 @@
-"""A run's settings: one `RunConfig`, read from a TOML file, any field of which can be set on the command line.
+"""A run's settings: one `RunConfig`, read from a TOML file; the command line can set any of its fields.
 
     python train.py experiments/quickstart.toml --lora.rank 8 --train.epochs 2
 
-Types, names (an unknown one is an error) and values are checked when a config is made; what hangs on the data or the
+Types, names (an unknown one is an error) and values are checked when a config is made; what depends on the data or the
 checkpoint is checked where they are read.
 """
 
@@ -29,18 +29,18 @@ from training.errors import ConfigError
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The pretrained checkpoint, and what is changed of it."""
+    """The pretrained checkpoint, and what is changed in it."""
 
     checkpoint: str = "roberta-base"
     """roberta-base, roberta-large, minilm, a hub id, or a folder."""
     new_head: bool = False
-    """Draw a new head even if the checkpoint holds one."""
+    """Initialize a new head even if the checkpoint holds one."""
     hidden_dropout: float | None = None
-    """Dropout after embeddings, attention and feed-forward; the checkpoint's own unless set."""
+    """Dropout after embeddings, attention and feed-forward; the checkpoint's value unless set."""
     attention_dropout: float | None = None
-    """Dropout on attention probabilities; the checkpoint's own unless set."""
+    """Dropout on attention probabilities; the checkpoint's value unless set."""
     classifier_dropout: float | None = None
-    """Dropout in the head; the checkpoint's own unless set."""
+    """Dropout in the head; the checkpoint's value unless set."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class TrainConfig:
     """The training loop."""
 
     epochs: int = 20
-    """Passes over the training split, at most."""
+    """Maximum number of passes over the training split."""
     patience: int = 3
-    """Stop after so many epochs without a better validation accuracy; 0 never stops early."""
+    """Stop after this many epochs without a better validation accuracy; 0 never stops early."""
     batch_size: int = 32
     """Texts in one forward pass."""
     accumulation_steps: int = 1
-    """Forward passes added up before each optimizer step."""
+    """Forward passes whose gradients are accumulated before each optimizer step."""
     eval_batch_size: int = 64
     """Texts in one forward pass when scoring."""
     learning_rate: float = 5e-4
@@ -66,34 +66,33 @@ class TrainConfig:
     decay_bias_and_norm: bool = False
     """Whether biases and LayerNorm weights decay too."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm; 0 leaves them alone."""
+    """Clip gradients to this norm; 0 does not clip."""
     max_trainable: int | None = None
     """Refuse to train more parameters than this."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Type of the matmuls: auto is bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU."""
+    """Data type of the matmuls: auto is bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train: auto takes a GPU if there is one."""
+    """Where to train: auto uses a GPU if there is one."""
     compile: Literal["off", "on", "cuda-graphs"] = "off"
-    """Compile the model by torch.compile, for long runs on a GPU: it takes a minute before the first step."""
+    """Compile the model with torch.compile, for long runs on a GPU: takes a minute before the first step."""
     seed: int = 0
     """Seeds Python, numpy, torch, the validation split, EDA and the order of batches."""
     deterministic: bool = False
-    """On a GPU: only kernels that give the same bits each time, at some cost in speed (on a CPU all of them do)."""
+    """On a GPU: use only deterministic kernels, which are slower; on a CPU all kernels are deterministic."""
     log_every: int = 10
-    """Optimizer steps between two lines of metrics.jsonl."""
+    """Optimizer steps per line of metrics.jsonl."""
     checkpoint_minutes: float = 10.0
-    """Minutes between two checkpoints; there is one at the end of each epoch too, and when the run is stopped."""
+    """Minutes between checkpoints; each epoch and each stop of the run also writes one."""
     checkpoint_steps: int = 0
-    """Optimizer steps between two checkpoints as well; 0 leaves it to the minutes."""
+    """Optimizer steps between checkpoints, in addition to the minutes; 0 for the minutes alone."""
     checkpoint_keep: int = 2
-    """How many of the newest checkpoints are kept."""
+    """Number of newest checkpoints to keep."""
     tensorboard: bool = False
-    """Write the same for TensorBoard as well, into tensorboard/ of the run folder (the extra "tensorboard")."""
+    """Write the metrics for TensorBoard as well, to tensorboard/ in the run folder (needs the extra "tensorboard")."""
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "batch_size", "accumulation_steps", "eval_batch_size", "learning_rate", "log_every")
-        positive += ("checkpoint_minutes", "checkpoint_keep")
-        for name in positive:
+        above_zero = "epochs batch_size accumulation_steps eval_batch_size learning_rate log_every checkpoint_minutes"
+        for name in [*above_zero.split(), "checkpoint_keep"]:
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"train.{name} is {getattr(self, name)!r}; it must be above 0")
         for name in ("patience", "weight_decay", "max_grad_norm", "seed", "checkpoint_steps"):
@@ -107,14 +106,14 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a run."""
+    """All settings of a run."""
 
     output: str = "runs/default"
-    """Run folder to write."""
+    """Run folder to write to."""
     overwrite: bool = False
     """Replace the run folder if it exists."""
     resume: bool = False
-    """Go on with the run in the run folder from its last checkpoint; start it if there is none."""
+    """Resume the run in the run folder from its last checkpoint, or start it if there is none."""
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -130,7 +129,7 @@ class RunConfig:
 
 
 for _section in (RunConfig, ModelConfig, LoRAConfig, DataConfig, CleaningConfig, AugmentationConfig, TrainConfig):
-    _section.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # an unknown field is an error, not a comment
+    _section.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # an unknown field is an error
 _VALIDATOR = pydantic.TypeAdapter(RunConfig)
 
 
@@ -140,7 +139,7 @@ def read_config(path: str | Path) -> RunConfig:
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """A TOML file as it stands. Raises ConfigError that names the file."""
+    """Parse a TOML file, without checking its fields. Raises ConfigError that names the file."""
     path = Path(path)
     try:
         with path.open("rb") as file:
@@ -154,9 +153,9 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_config(raw: dict[str, Any], path: str | Path) -> RunConfig:
-    """Settings as parsed from TOML to a RunConfig; `path` is for the error message. Raises as `read_config` does."""
+    """Check parsed TOML and make a RunConfig of it; `path` is for the error message. Raises as `read_config` does."""
     try:
-        # Strictly, so that "8" is no number; by way of JSON, where an array may be a tuple and 14 may be a float.
+        # Strict, so that "8" is not a number; as JSON, so that an array may become a tuple and 14 a float.
         return _VALIDATOR.validate_json(json.dumps(raw, default=str), strict=True)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
@@ -164,13 +163,13 @@ def parse_config(raw: dict[str, Any], path: str | Path) -> RunConfig:
         if first["type"] == "unexpected_keyword_argument":
             *sections, unknown = map(str, first["loc"])
             raise ConfigError(f"{path}: unknown field {where}; {_known_fields(sections)}") from None
-        if first["type"] == "value_error":  # raised by the settings' own check, and names the field itself
+        if first["type"] == "value_error":  # from a __post_init__; names the field itself
             raise ConfigError(f"{path}: {first['ctx']['error']}") from None
         raise ConfigError(f"{path}: {where}: {first['msg']}, not {first['input']!r}") from None
 
 
 def _known_fields(sections: list[str]) -> str:
-    """What could have been meant, for an error message."""
+    """The fields of a section, for an error message."""
     kind: Any = RunConfig
     for section in sections:
         kind = typing.get_type_hints(kind)[section]
@@ -186,7 +185,7 @@ def parse_command_line(arguments: list[str]) -> RunConfig:
 
 
 def write_config(config: RunConfig, path: str | Path) -> None:
-    """Write `config` as TOML; fields that are None are left out, TOML having no such value."""
+    """Write `config` as TOML, without the fields that are None: TOML has no such value."""
     Path(path).write_text(tomli_w.dumps(_without_none(dataclasses.asdict(config))), encoding="utf-8")
 
 
