@@ -1,7 +1,8 @@
-"""Files made by strangers: nothing runs code, hangs, fills the memory or ends in anything but one clear line."""
+"""Untrusted files: none hangs, exhausts memory, or causes anything but a one-line error.
 
-import ast
-import base64
+That none can run code is checked by `make lint` (ruff's rules S and TID251).
+"""
+
 import contextlib
 import json
 import os
@@ -38,13 +39,10 @@ from training.command_line import EXIT_BAD_INPUT, run_command
 from training.config import parse_command_line
 from training.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parents[1]
-PROGRAM = ("ops", "lora", "roberta", "data", "training", "experiments")
-
 
 @contextlib.contextmanager
 def bounded(mebibytes=300, seconds=60):
-    """Within: so much memory more than now, and an end to what hangs."""
+    """Within the block: at most this much additional memory, and this many seconds."""
 
     def stop(*_):
         raise AssertionError(f"not done after {seconds} s")
@@ -69,55 +67,12 @@ def refused(error, says, read):
     assert "\n" not in str(caught.value)
 
 
-# --- code ---------------------------------------------------------------------------------------------------------
-
-RUNS_CODE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml", "code", "runpy"}
-CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "np.load", "numpy.load", "os.system", "os.popen"}
-
-
-def dangers(source):
-    """What in a Python source could run code that a file holds."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names if alias.name.split(".")[0] in RUNS_CODE]
-        elif isinstance(node, ast.ImportFrom):
-            names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
-            found += [name for name in names if name.split(".")[0] in RUNS_CODE or name in CALLS]
-        elif isinstance(node, ast.Call):
-            if (name := ast.unparse(node.func)) in CALLS:
-                found.append(name)
-            flags = ("shell", "trust_remote_code", "allow_pickle")
-            found += [keyword.arg for keyword in node.keywords if keyword.arg in flags]
-    return found
-
-
-def test_nothing_in_the_program_could_run_code_from_a_file():
-    paths = [
-        ROOT / "train.py",
-        ROOT / "evaluate.py",
-        *(path for name in PROGRAM for path in (ROOT / name).rglob("*.py")),
-    ]
-    assert len(paths) > 40
-    assert {str(path): found for path in paths if (found := dangers(path.read_text(encoding="utf-8")))} == {}
-
-
-@pytest.mark.parametrize(
-    "line",
-    ["import pickle", "from torch import load", "torch.load('a')", "eval('1')", "import yaml\nyaml.load('')",
-     "import os\nos.system('a')", "run(1, shell=True)", "np.load('a')", "x(trust_remote_code=True)"],
-)  # fmt: skip
-def test_what_could_run_code_is_seen(line):
-    assert dangers(line)
-    assert not dangers("model.eval()\nre.compile('a')\njson.load(f)\nsafetensors.torch.load_file('a')")
-
-
 # --- safetensors --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A checkpoint and an adapter for it."""
+    """A folder with a checkpoint and an adapter for it."""
     torch.manual_seed(0)
     model = RobertaForSequenceClassification(SMALL)
     save_checkpoint(model, tmp_path / "base", TextTokenizer(tiny_tokenizer(), 10))
@@ -129,7 +84,7 @@ def folder(tmp_path):
 
 @pytest.fixture(params=["checkpoint", "adapter"])
 def weights(request, folder):
-    """(the safetensors file, what reads it, the error that it raises)."""
+    """(safetensors file, function that reads it, type of error that it raises)."""
     if request.param == "checkpoint":
         return folder / "base" / "model.safetensors", lambda: load_checkpoint(folder / "base"), CheckpointError
     path = folder / "adapter" / "adapter_model.safetensors"
@@ -168,7 +123,7 @@ def test_tensors_of_other_types_are_named(weights, kind):
 
 
 @pytest.mark.parametrize("stated", [0, 5, 1 << 23, 1 << 40, (1 << 64) - 1])
-def test_header_lengths_that_lie(weights, stated):
+def test_wrong_header_lengths(weights, stated):
     path, read, error = weights
     write(path, *parts(path), stated=stated)
     refused(error, "not a whole safetensors file", read)
@@ -190,19 +145,19 @@ def test_overlapping_tensors_and_gaps(weights):
     first, second, *_ = sorted(set(header) - {"__metadata__"}, key=lambda name: header[name]["data_offsets"])
     write(path, header | {second: header[second] | {"data_offsets": header[first]["data_offsets"]}}, body)
     refused(error, "not a whole safetensors file", read)
-    write(path, header, body + b"more than is said")
+    write(path, header, body + b"more than stated")
     refused(error, "not a whole safetensors file", read)
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["a tensor of ours", "another one"])
-def test_a_huge_tensor_takes_no_memory(weights, own):
-    """A file of 16 GiB of nothing, which takes no room on the disk either."""
+@pytest.mark.parametrize("own", [True, False], ids=["a known tensor", "an unknown one"])
+def test_a_huge_tensor_uses_no_memory(weights, own):
+    """A sparse file of 16 GiB, which takes no space on the disk."""
     path, read, error = weights
     header, body = parts(path)
     last = max(set(header) - {"__metadata__"}, key=lambda name: header[name]["data_offsets"])
     begin = header[last]["data_offsets"][0] if own else len(body)
     entry = {"dtype": "F32", "shape": [1 << 32], "data_offsets": [begin, begin + (1 << 34)]}
-    write(path, header | {last if own else "unheard of": entry}, body[:begin])
+    write(path, header | {last if own else "unknown": entry}, body[:begin])
     os.truncate(path, path.stat().st_size + (1 << 34))
     refused(error, "wrong shape|holds unexpected|not a whole safetensors file", read)
 
@@ -214,7 +169,7 @@ def test_a_model_larger_than_the_memory_is_named(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "folder"])
-def test_files_that_are_none(weights, folder, kind):
+def test_files_that_are_not_regular(weights, folder, kind):
     path, read, error = weights
     settings = path.with_name("config.json" if path.name == "model.safetensors" else "adapter_config.json")
     for one in (path, settings):
@@ -264,7 +219,7 @@ def edit(path, **fields):
         {"alpha_pattern": {r"(\w|[a-z.])*x": 2}},
     ],
 )
-def test_expressions_that_would_match_for_ever(folder, fields):
+def test_expressions_whose_matching_would_not_end(folder, fields):
     edit(folder / "adapter" / "adapter_config.json", **fields)
     read = lambda: load_adapter(load_checkpoint(folder / "base"), folder / "adapter")  # noqa: E731
     refused(LoRAError, "could take for ever to match; name the layers", read)
@@ -301,7 +256,7 @@ def test_a_list_that_holds_no_names(folder):
     refused(LoRAError, "must be a list of names", read)
 
 
-def test_lists_longer_than_any_model(folder):
+def test_lists_that_are_too_long(folder):
     path = folder / "adapter" / "adapter_config.json"
     read = lambda: load_adapter(load_checkpoint(folder / "base"), folder / "adapter")  # noqa: E731
     whole = path.read_text()
@@ -316,7 +271,7 @@ def test_lists_longer_than_any_model(folder):
         refused(LoRAError, "has 50,000 entries", read)
 
 
-def test_an_update_that_is_no_number(folder):
+def test_an_update_that_is_not_finite(folder):
     from safetensors.torch import load_file, save_file
 
     path = folder / "adapter" / "adapter_model.safetensors"
@@ -329,7 +284,7 @@ def test_an_update_that_is_no_number(folder):
 @pytest.mark.parametrize(
     "name", ["../../etc", "/etc", "a/../../b", "~root", "..", "x/..", "\x00", "a" * 9000, "\ud800/x", "/dev/zero"]
 )
-def test_a_base_model_whose_name_is_a_path_trick(folder, name, monkeypatch):
+def test_a_base_model_whose_name_is_a_path(folder, name, monkeypatch):
     monkeypatch.setattr("data.assets.hub_is_reachable", lambda: False)
     monkeypatch.chdir(folder)
     edit(folder / "adapter" / "adapter_config.json", base_model_name_or_path=name)
@@ -371,7 +326,7 @@ def test_a_tokenizer_that_does_not_fit_is_named_before_training(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tokenizer_whose_expression_never_ends(folder):
+def test_a_tokenizer_whose_expression_does_not_end(folder):
     path = folder / "base" / "tokenizer.json"
     split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
     edit(path, pre_tokenizer=split)
@@ -379,33 +334,7 @@ def test_a_tokenizer_whose_expression_never_ends(folder):
     refused(CheckpointError, "the tokenizer fails on a text", lambda: tokenizer.encode_batch(["a" * 40 + "b"]))
 
 
-def replace(pattern, content):
-    return {"type": "Replace", "pattern": pattern, "content": content}
-
-
-@pytest.mark.parametrize(
-    "rules",
-    [
-        [replace({"String": "a"}, "aa")] * 64,
-        [replace({"Regex": ""}, "a")] * 64,
-        [{"type": "Sequence", "normalizers": [replace({"String": "a"}, "b" * 1000)]}],
-        [{"type": "Prepend", "prepend": "a" * 300}],
-        [{"type": "Precompiled", "precompiled_charsmap": base64.b64encode(bytes(4) + b"a" * 300 + b"\0").decode()}],
-    ],
-    ids=["words", "expressions", "nested", "prefix", "table"],
-)
-def test_a_tokenizer_that_multiplies_a_text(folder, rules):
-    edit(folder / "base" / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": rules})
-    refused(CheckpointError, "more than 256 times as long", lambda: TextTokenizer.from_directory(folder / "base", 9))
-
-
-def test_a_tokenizer_with_a_few_harmless_rules(folder):
-    rules = [{"type": "NFKC"}, {"type": "Lowercase"}, replace({"Regex": " {2,}"}, " ")]
-    edit(folder / "base" / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": rules})
-    TextTokenizer.from_directory(folder / "base", 9).encode_batch(["two  words"])
-
-
-def test_a_tokenizer_larger_than_any(folder, monkeypatch):
+def test_a_tokenizer_that_is_too_large(folder):
     path = folder / "base" / "tokenizer.json"
     os.truncate(path, 1 << 34)
     refused(CheckpointError, "17,179,869,184 bytes", lambda: TextTokenizer.from_directory(folder / "base", 10))
@@ -421,7 +350,7 @@ def readers(path):
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
 @pytest.mark.parametrize("start", ["whole", "after a row"])
 def test_a_line_of_a_gigabyte_is_refused_by_its_beginning(tmp_path, kind, start):
-    """The file has no room on the disk either: it is a hole, which reads as zeros."""
+    """The file is sparse and reads as zeros."""
     path = tmp_path / f"data.{kind}"
     mark = {"csv": ",", "tsv": "\t"}.get(kind)
     head = f"text{mark}label\na{mark}b\n" if mark else '{"text": "a", "label": "b"}\n'
@@ -434,16 +363,16 @@ def test_a_line_of_a_gigabyte_is_refused_by_its_beginning(tmp_path, kind, start)
 def test_rows_within_quotes_do_not_escape_the_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_LONGEST_ROW", 1000)
     path = tmp_path / "data.csv"
-    path.write_text('text,label\n"a",b\n"a,b\n' + "c,d\n" * 2000)  # a quote that is never closed
+    path.write_text('text,label\n"a",b\n"a,b\n' + "c,d\n" * 2000)  # the quote is never closed
     for read in readers(path):
         refused(DataError, r"data\.csv, row 3: (longer than|field larger)", read)
-    long, high = "word " * 190, "x\n" * 400  # rows just below it, one after the other
+    long, high = "word " * 190, "x\n" * 400  # rows just below the limit
     path.write_text("text,label\n" + f'"{long}",b\n"{high}",c\n' * 50)
     assert len(load_source(DataConfig(source=str(path)), 0).train.texts) == 81
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-def test_a_data_file_that_is_none(tmp_path, kind):
+def test_a_data_file_that_is_not_regular(tmp_path, kind):
     (tmp_path / f"data.{kind}").symlink_to("/dev/zero")
     for read in readers(tmp_path / f"data.{kind}"):
         refused(DataError, "not a regular file", read)
@@ -452,7 +381,7 @@ def test_a_data_file_that_is_none(tmp_path, kind):
 def test_bytes_that_are_not_utf8_are_found_in_any_block(tmp_path):
     path = tmp_path / "data.csv"
     line = "é news,b\n".encode()
-    for rows in (1, 6553, 20_000):  # the blocks of 65,536 bytes end within a character too
+    for rows in (1, 6553, 20_000):  # some blocks of 65,536 bytes end inside a character
         path.write_bytes(b"text,label\n" + line * rows + b"ab\xff,c\n" + line)
         at = 11 + len(line) * rows + 2
         refused(DataError, rf"row {rows + 2}: not UTF-8 \(byte {at}\)", readers(path)[0])
@@ -460,7 +389,7 @@ def test_bytes_that_are_not_utf8_are_found_in_any_block(tmp_path):
 
 @pytest.mark.parametrize(("rows", "length"), [(3_000_000, 10), (60_000, 100_000)], ids=["rows", "long texts"])
 def test_a_parquet_file_that_unpacks_to_gigabytes(tmp_path, rows, length):
-    """A text that is the same in every row is stored once."""
+    """A text that repeats in every row is stored once."""
     path = tmp_path / "bomb.parquet"
     indices = pyarrow.array([i % 2 for i in range(rows)], pyarrow.int32())
     texts = pyarrow.DictionaryArray.from_arrays(indices, ["a" * length, "b" * length])
@@ -482,7 +411,7 @@ def test_a_parquet_file_whose_column_has_no_name(tmp_path):
             refused(DataError, says, read)
 
 
-def test_columns_without_number_are_not_all_named(tmp_path):
+def test_of_very_many_columns_only_some_are_listed(tmp_path):
     path = tmp_path / "data.csv"
     path.write_text(",".join(f"column {i}" for i in range(10_000)) + "\n")
     refused(DataError, r"no column 'text'; there are column 0, .*, column 11, \.\.\.; name the ones", readers(path)[0])
@@ -512,7 +441,7 @@ def test_json_lines_nested_deeply(tmp_path):
     ],
 )
 def test_a_checkpoint_of_another_run_is_one_line(tmp_path, change):
-    """Its hashes are right: it was made by someone else, not damaged."""
+    """Its hashes are right: it is not damaged but made by someone else."""
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _step: 1.0)
