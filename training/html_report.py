@@ -1,4 +1,4 @@
-"""report.html: a run on one page, made of the files of its folder."""
+"""report.html: a run on one page, made from the files in its folder."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ from training.run_folder import RunFolder
 
 
 def write_html_report(folder: RunFolder) -> None:
-    """Write report.html into a run folder; of a run cut off, what there is, and what is missing.
+    """Write report.html into a run folder; for an interrupted run, what there is and a notice of what is missing.
 
-    Raises ConfigError if the folder is no run or a file in it is damaged.
+    Raises ConfigError if the folder is not a run or a file in it is damaged.
     """
     run = read_curves(folder)
     report = run.report or {}
-    test = report.get("test")
+    test, origins = report.get("test"), report.get("origins")
     write_page(
         "report.html",
         folder.html,
         title=f"Run {run.name}",
-        subtitle=_subtitle(report),
+        subtitle=f"{origins['checkpoint']} on {origins['data']}; {report['device']}" if origins else "",
         missing=_missing(run),
-        facts=_facts(report) if report else [],
-        plots=[Markup(to_svg(draw, size, name)) for name, (draw, size) in panels_of(run).items()],
+        facts=_facts(report) if report else {},
+        plots=[
+            Markup(to_svg(draw, size, name))  # noqa: S704, our own drawing; matplotlib escapes its texts
+            for name, (draw, size) in panels_of(run).items()
+        ],
         per_class=test["per_class"] if test else None,
         mistakes=report.get("mistakes") if test else None,
         parts=report.get("parameters_by_part"),
@@ -35,38 +38,25 @@ def write_html_report(folder: RunFolder) -> None:
     )
 
 
-def _subtitle(report: dict[str, Any]) -> str:
-    if not report:
-        return ""
-    origins = report["origins"]
-    return f"{origins['checkpoint']} on {origins['data']}; {report['device']}"
+def _missing(run: Curves) -> str:
+    """What this run lacks of a complete one; empty for a complete run."""
+    if run.report:
+        epoch = run.report["epochs_run"]
+        return "" if run.report["complete"] else f"This run was interrupted in epoch {epoch}: there are no test scores."
+    lacks = ["training steps"] * (not run.steps) + ["validation scores"] * (not run.validations) + ["test scores"]
+    return f"This run was interrupted: there are no {', no '.join(lacks)}. Run it again."
 
 
-def _missing(run: Curves) -> list[str]:
-    """What a complete run has and this one lacks, in words."""
-    if not run.report:
-        what = "no training steps" if not run.steps else "no validation scores yet" if not run.validations else ""
-        return [f"This run was cut off: there are no test scores{' and ' + what if what else ''}. Run it again."]
-    if not run.report["complete"]:
-        return [f"This run was interrupted in epoch {run.report['epochs_run']}: there are no test scores."]
-    return []
-
-
-def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
+def _facts(report: dict[str, Any]) -> dict[str, str]:
     """Names and values shown at the top."""
-    facts = []
+    facts = {}
     if test := report["test"]:
-        facts += [
-            ("test accuracy", f"{100 * test['accuracy']:.2f} %"),
-            ("macro precision", f"{test['precision']:.3f}"),
-            ("macro recall", f"{test['recall']:.3f}"),
-            ("macro F1", f"{test['f1']:.3f}"),
-        ]
+        facts["test accuracy"] = f"{100 * test['accuracy']:.2f} %"
+        facts |= {f"macro {name}": f"{test[name.lower()]:.3f}" for name in ("precision", "recall", "F1")}
     trainable, total = report["trainable_parameters"], report["total_parameters"]
-    return [
-        *facts,
-        ("trainable parameters", f"{trainable:,} ({100 * trainable / total:.2f} %)"),
-        ("epochs", f"{report['epochs_run']} (best: {report['best_epoch']})"),
-        ("wall time (min:s)", minutes(report["seconds"])),
-        ("peak memory", f"{report['peak_memory_bytes'] / 2**20:,.0f} MiB"),
-    ]
+    return facts | {
+        "trainable parameters": f"{trainable:,} ({100 * trainable / total:.2f} %)",
+        "epochs": f"{report['epochs_run']} (best: {report['best_epoch']})",
+        "wall time (min:s)": minutes(report["seconds"]),
+        "peak memory": f"{report['peak_memory_bytes'] / 2**20:,.0f} MiB",
+    }

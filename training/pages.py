@@ -1,10 +1,11 @@
-"""Pages for a browser: one HTML file each, with nothing to load from anywhere.
+"""Files made from templates: HTML pages that load nothing from anywhere, and the Markdown of a model card.
 
-What data contains is shown as text, never as markup: the templates escape it.
+What comes from data is shown as text, never as markup: HTML is escaped automatically, Markdown by the filter `md`.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,33 @@ import jinja2
 
 from lora.files import atomic_write
 
-TEMPLATES = Path(__file__).parent / "templates"
+
+def write_page(template: str, path: Path, /, **values: Any) -> None:
+    """Fill a template of training/templates and write it atomically. SVG among the values must be `Markup`."""
+    write_text_atomic(path, _environment().get_template(template).render(**values))
 
 
-def write_page(template: str, path: Path, **values: Any) -> None:
-    """Fill a template of training/templates and write it, whole or not at all. Values that are SVG are `Markup`."""
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write a text file atomically: a reader sees the old file or the whole new one."""
+    with written_whole(path) as part:
+        part.write_text(text, encoding="utf-8", errors="replace")
+
+
+write_whole = write_text_atomic  # the name that experiments/results.py imports
+
+
+def escape_markdown(text: str) -> str:
+    """`text` as Markdown shows it literally, within one cell of a table."""
+    return re.sub(r"([\\`*_\[\]<>|#&])", r"\\\1", re.sub(r"\s+", " ", str(text)))
+
+
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=jinja2.select_autoescape(),  # by the template's name: .html, not .md
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    write_whole(path, environment.get_template(template).render(**values))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    with written_whole(path) as part:
-        part.write_text(text, encoding="utf-8", errors="replace")
+    environment.filters |= {"md": escape_markdown, "python": repr}
+    return environment

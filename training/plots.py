@@ -1,7 +1,7 @@
-"""Curves of one run, or of several over each other, drawn from `metrics.jsonl` and `report.json` alone.
+"""Curves of one or several runs, drawn from `metrics.jsonl` and `report.json` alone.
 
-The same drawing becomes an image (PNG, on white) or a piece of a page (SVG, whose colours are the page's own, so that
-it is legible on light and on dark).
+The same drawing becomes an image (PNG, on white) or part of a page (SVG in the page's colours, legible on light and on
+dark).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 Draw = Callable[["Axes"], None]
 
-# Okabe & Ito's palette, told apart also by colour-blind readers; with a marker each, by anybody without colours too.
+# Okabe & Ito's palette, which colour-blind readers can distinguish; the markers distinguish curves without colour.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D1F", "#6E6E6E")
 _MARKERS = "os^Dv<>p"
-_LINES = ("-", "--", ":", "-.")  # the ninth run begins the colours anew, dashed
-_INK = "#010203"  # stands for the colour of text, which a page decides
+_LINES = ("-", "--", ":", "-.")  # the ninth run has the first colour again, dashed
+_INK = "#010203"  # placeholder for the text colour of the page
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,15 @@ class Curves:
 
     name: str
     steps: list[dict[str, Any]]
-    """Lines of metrics.jsonl about optimizer steps."""
+    """Lines of metrics.jsonl with optimizer steps."""
     validations: list[dict[str, Any]]
-    """Lines about evaluations."""
+    """Lines with evaluations of the validation split."""
     report: dict[str, Any] | None
     """report.json, or None while there is none."""
 
 
 def read_curves(folder: RunFolder) -> Curves:
-    """The curves of a run folder, complete or not. Raises ConfigError if it is no run folder or a file is broken."""
+    """The curves of a run, complete or not. Raises ConfigError if it is not a run folder or a file is damaged."""
     if not folder.config.is_file():
         raise ConfigError(f"{folder.path}: not a run folder (no config.toml); name one")
     try:
@@ -55,32 +55,33 @@ def read_curves(folder: RunFolder) -> Curves:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{folder.path}: a file is damaged ({error}); run again") from None
     steps = [line for line in lines if "split" not in line]
-    return Curves(folder.path.name, steps, [line for line in lines if line.get("split") == "validation"], report)
+    validations = [line for line in lines if line.get("split") == "validation"]
+    return Curves(folder.path.name, steps, validations, report)
 
 
 def draw_plots(folder: RunFolder) -> None:
-    """Write plots/loss.png, scores.png, learning_rate.png and confusion.png, as far as the run went."""
+    """Write plots/loss.png, learning_rate.png, scores.png and confusion.png, those for which the run has data."""
     folder.plots.mkdir(exist_ok=True)
     for name, (draw, size) in panels_of(read_curves(folder)).items():
         save_png(draw, folder.plots / f"{name}.png", size)
 
 
 def panels_of(run: Curves) -> dict[str, tuple[Draw, tuple[float, float]]]:
-    """The drawings of one run by name, with their sizes in inches."""
-    wide = (5.6, 3.6)
+    """The drawings of one run by name, with width and height in inches."""
+    wide, report = (5.6, 3.6), run.report
     panels: dict[str, tuple[Draw, tuple[float, float]]] = {}
     if run.steps:
         panels["loss"] = lambda axes: _losses(axes, run), wide
         panels["learning_rate"] = lambda axes: draw_metric(axes, [run], "learning_rate"), wide
     if run.validations:
         panels["scores"] = lambda axes: _scores(axes, run), wide
-    if run.report and run.report["test"]:
-        side = max(4.2, 2.3 + 0.32 * len(run.report["label_names"]))
-        panels["confusion"] = lambda axes: _confusion(axes, run.report), (side + 0.7, side)
+    if report and report["test"]:
+        side = max(4.2, 2.3 + 0.32 * len(report["label_names"]))
+        panels["confusion"] = lambda axes: _confusion(axes, report), (side + 0.7, side)
     return panels
 
 
-# Key in metrics.jsonl -> title, label of the axis with its unit, where it is logged.
+# Metric -> title, axis label with unit, and what it is logged by.
 METRICS = {
     "loss": ("Training loss", "cross-entropy (nats)", "step"),
     "validation_loss": ("Validation loss", "cross-entropy (nats)", "epoch"),
@@ -93,7 +94,7 @@ METRICS = {
 
 
 def draw_metric(axes: Axes, runs: Sequence[Curves], metric: str) -> None:
-    """One metric of one or several runs."""
+    """Draw one metric of one or several runs."""
     title, label, unit = METRICS[metric]
     key = metric.removeprefix("validation_")
     scale = 100 if label.endswith("(%)") else 1
@@ -117,7 +118,7 @@ def draw_metric(axes: Axes, runs: Sequence[Curves], metric: str) -> None:
 
 
 def smoothed(values: np.ndarray, weight: float = 0.6) -> np.ndarray:
-    """Exponential moving average, corrected for its start (Kingma & Ba 2014, section 3)."""
+    """Exponential moving average with bias correction (Kingma & Ba 2014, section 3)."""
     smooth, mean = np.empty(len(values)), 0.0
     for i, value in enumerate(values):
         mean = weight * mean + (1 - weight) * value
@@ -152,9 +153,9 @@ def _scores(axes: Axes, run: Curves) -> None:
 
 
 def legend_above(*sides: Axes) -> None:
-    """One legend for all curves, above the plot: within it, it would lie on a curve in one run or another.
+    """Put one legend for all curves above the plot, where it covers no curve; a title above it needs `pad=24` points.
 
-    Several `sides` are the scales of one plot. A title needs `pad=24` points to stand above it.
+    `sides` are the axes that share the plot, one per scale.
     """
     lines = [line for side in sides for line in side.get_lines()]
     labels = [str(line.get_label()) for line in lines]
@@ -180,29 +181,25 @@ def _confusion(axes: Axes, report: dict[str, Any]) -> None:
 def save_png(draw: Draw, path: Path, size: tuple[float, float]) -> None:
     """Draw into a PNG file."""
     with _matplotlib({}):
-        figure = _figure(draw, size)
-        figure.savefig(path, dpi=160)
+        _figure(draw, size).savefig(path, dpi=160)
 
 
 def to_svg(draw: Draw, size: tuple[float, float], name: str) -> str:
-    """Draw as SVG to be put into a page that sets `color` and --series-0 to --series-7.
+    """Draw as SVG for a page that sets `color` and --series-0 to --series-7.
 
-    `name` sets the ids apart from those of the other drawings of the page.
+    `name` is put before every id, so that several drawings can share a page.
     """
-    ink = {
-        f"{part}.{what}": _INK
-        for part, what in (("text", "color"), ("axes", "labelcolor"), ("axes", "edgecolor"), ("axes", "titlecolor"))
-    }
-    ink |= {"xtick.color": _INK, "ytick.color": _INK, "grid.color": _INK, "svg.fonttype": "none", "svg.hashsalt": name}
-    ink |= {"figure.facecolor": "none", "axes.facecolor": "none", "font.family": "sans-serif"}
-    with _matplotlib(ink):
-        file = io.StringIO()
+    ink = "text.color axes.labelcolor axes.edgecolor axes.titlecolor xtick.color ytick.color grid.color".split()
+    settings = {**dict.fromkeys(ink, _INK), "figure.facecolor": "none", "axes.facecolor": "none"}
+    settings |= {"font.family": "sans-serif", "svg.fonttype": "none", "svg.hashsalt": name}
+    file = io.StringIO()
+    with _matplotlib(settings):
         _figure(draw, size).savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     for i, colour in enumerate(PALETTE):
         svg = svg.replace(colour.lower(), f"var(--series-{i})")
-    svg = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', "", svg, count=1)  # the page decides how wide; viewBox stays
+    svg = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', "", svg, count=1)  # the page sets the width; viewBox remains
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     return re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
 
@@ -216,7 +213,7 @@ def _figure(draw: Draw, size: tuple[float, float]) -> Figure:
 
 
 def _matplotlib(settings: dict[str, Any]) -> Any:
-    """Settings for the drawings made within, as a context."""
-    import matplotlib  # slow to import, and only wanted at the very end of a run
+    """A context with settings for the drawings made inside it."""
+    import matplotlib  # slow to import, and needed only at the end of a run
 
     return matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, **settings})

@@ -1,4 +1,4 @@
-"""report.html: whole, escaped, silent on the network, and honest about what a run lacks."""
+"""report.html: complete, escaped, without network requests, and explicit about what a run lacks."""
 
 import json
 import os
@@ -22,7 +22,7 @@ EVIL = "<script>document.title='broken'</script><img src=http://127.0.0.1:{port}
 
 @pytest.fixture
 def run_folder(tiny_config, monkeypatch):
-    """A finished run whose most confident mistake has a text that would like to be markup."""
+    """A finished run whose most confident mistake has markup in its text."""
     assert train(read_config(tiny_config)) == 0
     folder = RunFolder(read_config(tiny_config).output)
     report = json.loads(folder.report.read_text())
@@ -57,7 +57,7 @@ def test_a_report_tells_no_mistakes_from_no_test_scores(run_folder):
         write_html_report(run_folder)
         return run_folder.html.read_text()
 
-    assert "None: every text was given its own class" in page(mistakes=[])
+    assert "None: every text was classified correctly" in page(mistakes=[])
     assert "mistakes" not in page(mistakes=[], test=None, complete=False)
 
 
@@ -72,15 +72,15 @@ def test_names_of_classes_are_text_in_the_drawings_too(run_folder):
     assert "<script" not in page and "<b>" not in page
 
 
-def test_a_run_cut_off_shows_what_there_is_and_says_what_is_missing(run_folder):
+def test_an_interrupted_run_shows_what_there_is_and_says_what_is_missing(run_folder):
     run_folder.report.unlink()
     write_html_report(run_folder)
     page = run_folder.html.read_text()
-    assert "This run was cut off: there are no test scores" in page and page.count("<svg") == 3
+    assert "This run was interrupted: there are no test scores." in page and page.count("<svg") == 3
     lines = [line for line in run_folder.metrics.read_text().splitlines() if "split" not in line]
     run_folder.metrics.write_text("\n".join(lines) + "\n")
     write_html_report(run_folder)
-    assert "no validation scores yet" in run_folder.html.read_text()
+    assert "no validation scores, no test scores" in run_folder.html.read_text()
     run_folder.metrics.unlink()
     write_html_report(run_folder)
     page = run_folder.html.read_text()
@@ -145,9 +145,9 @@ def test_a_browser_opens_it_without_an_error_or_a_request(run_folder, tmp_path):
     assert "CONSOLE" in done.stderr and requests == ["/x.png"]
 
 
-def test_the_command_writes_them_again_and_refuses_what_is_no_run(run_folder, tmp_path):
+def test_the_command_writes_them_again_and_refuses_other_folders(run_folder, tmp_path):
     run_folder.html.unlink()
     run_folder.report.unlink()
     assert run_command(lambda: main(Arguments((run_folder.path,)))) == 0
-    assert "This run was cut off" in run_folder.html.read_text()
+    assert "This run was interrupted" in run_folder.html.read_text()
     assert run_command(lambda: main(Arguments((tmp_path / "nothing",)))) == EXIT_BAD_INPUT

@@ -1,4 +1,4 @@
-"""README.md of a run: its numbers are the report's, its code loads the model, what data contains stays text."""
+"""README.md of a run: its numbers are the report's, its code loads the model, text from data is escaped."""
 
 import json
 import re
@@ -10,7 +10,8 @@ from evaluate import Arguments, classify, load_trained
 from roberta.tokenizer import TextTokenizer
 from train import train
 from training.config import read_config
-from training.model_card import escaped, write_model_card
+from training.model_card import write_model_card
+from training.pages import escape_markdown
 from training.run_folder import RunFolder
 
 
@@ -32,7 +33,7 @@ def test_a_card_holds_the_reports_numbers_and_its_code_classifies(run_folder, ca
     (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     tokenizer = TextTokenizer.from_directory(run_folder.adapter, 16)
 
-    def their_tokenizer(text, **options):  # the tiny tokenizer of the tests is no class of theirs
+    def their_tokenizer(text, **options):  # transformers has no class for the tiny tokenizer
         assert options == {
             "truncation": True,
             "max_length": report["config"]["data"]["max_length"],
@@ -78,4 +79,4 @@ def test_cards_of_other_runs(run_folder):
     row = next(iter(report["test"]["per_class"].values()))
     named = card(label_names=[evil], test=report["test"] | {"per_class": {evil: row}})
     assert evil not in named and "\\<b\\>a\\|b\\</b\\> \\# \\[x\\](http://y) \\`z\\`" in named
-    assert escaped("plain words") == "plain words"
+    assert escape_markdown("plain words") == "plain words"
