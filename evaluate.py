@@ -181,7 +181,7 @@ def read_texts(arguments: Arguments) -> list[str]:
 def classify(trained: Trained, texts: list[str]) -> torch.Tensor:
     """Probabilities (texts, labels): softmax of the logits, rows in the order of the texts, cleaned as in training."""
     texts = [trained.clean(text) for text in texts]
-    split = encode_split(Split(texts, [0] * len(texts)), trained.tokenizer, cache=False)
+    split = encode_split(Split(texts, [0] * len(texts)), trained.tokenizer)
     if split.truncated:
         say(f"            {split.truncated:,} texts are longer than {split.max_length} tokens and are cut there")
     return torch.softmax(_logits(trained, split), dim=1)

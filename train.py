@@ -248,8 +248,7 @@ def train(config: RunConfig, world: World = ALONE) -> int:
         split = splits["train"]
         if augmentation.n_aug:
             new = augment_texts(text.train.texts, text.train.labels, augmentation, settings.seed, epoch)
-            # New texts of every epoch are never seen again: nothing to keep.
-            split = encode_split(Split(*new), tokenizer, description="tokenizing EDA", cache=not augmentation.fresh)
+            split = encode_split(Split(*new), tokenizer, description="tokenizing EDA")
         return training_batches(  # shuffled anew each epoch, texts of similar length together
             split,
             settings.batch_size,

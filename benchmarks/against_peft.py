@@ -383,7 +383,7 @@ def epoch_ratios(arguments: Arguments, compute: Compute, rows: int = 600) -> lis
         model = load_checkpoint(checkpoint, config, new_head=True)
         inject_lora(model, dataclasses.replace(LORA, dropout=0.1)).to(compute.device).train()
         tokenizer = TextTokenizer.from_directory(checkpoint, 128)
-        encoded = encode_split(split, tokenizer, cache=False)
+        encoded = encode_split(split, tokenizer)
         step = our_step(model, compute)
         for batch in training_batches(encoded, 32, tokenizer.pad_token_id, seed=0, epoch=1, device=compute.device):
             step(batch)

@@ -98,7 +98,7 @@ def pipeline_cost(rows: int, length: int = 30) -> dict[str, float]:
     texts = [" ".join(draw.choices(words, k=draw.randint(length // 2, length))) + f" {i}" for i in range(rows)]
     tokenizer = TextTokenizer.from_directory(minilm_directory(), 128)
     started = time.perf_counter()
-    split = encode_split(Split(texts, [0] * rows), tokenizer, cache=False)
+    split = encode_split(Split(texts, [0] * rows), tokenizer)
     encoded = time.perf_counter()
     rates = {"tokenize_per_second": rows / (encoded - started)}
     for name, device in (("batch_per_second", "cpu"), ("batch_per_second_by_workers", "cuda")):

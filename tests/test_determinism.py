@@ -104,7 +104,7 @@ def test_another_seed_gives_other_bits(tiny_config, tmp_path, monkeypatch):
 def split():
     rows = tiny_rows(90)
     texts = Split([text for _, text in rows], [int(label == "sports") for label, _ in rows])
-    return encode_split(texts, TextTokenizer(tiny_tokenizer(), 8), cache=False)
+    return encode_split(texts, TextTokenizer(tiny_tokenizer(), 8))
 
 
 def batches_with(monkeypatch, workers, split):

@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train as train_module
-from data.assets import cache_directory
 from tests.forked import outcome, run_forked
 from train import train
 from training import checkpoint
@@ -51,7 +50,6 @@ def warm():
 
 def in_a_fork(arguments, kill_at=-1):
     """Run train.py's command in a fork that is killed before event `kill_at`: (exit code, names of the events)."""
-    shutil.rmtree(cache_directory() / "tokenized", ignore_errors=True)  # so that each run has the same events
     ended = run_forked(arguments, kill_at)
     return ended.code, ended.events
 

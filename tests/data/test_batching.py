@@ -1,6 +1,4 @@
-"""Texts to batches: nothing lost, nothing twice, padding where it belongs, tokenized once."""
-
-import resource
+"""Texts to batches: nothing lost, nothing twice, padding where it belongs."""
 
 import numpy as np
 import pytest
@@ -8,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data import batching
 from data.batching import EncodedSplit, bucketed_batches, collate, encode_split, evaluation_batches, training_batches
 from data.sources import Split
 from roberta.tokenizer import TextTokenizer
@@ -31,7 +30,7 @@ def test_every_row_is_in_exactly_one_batch(lengths, batch_size, seed, epoch):
     assert sorted(map(len, batches))[1:] == [batch_size] * (len(batches) - 1)
 
 
-def test_batches_are_decided_by_seed_and_epoch():
+def test_batches_depend_on_seed_and_epoch_alone():
     lengths = np.random.default_rng(0).integers(1, 100, 500)
 
     def order(seed, epoch):
@@ -68,14 +67,14 @@ def test_widths_are_rounded_up_but_not_beyond_the_maximum(multiple, width):
     assert batch.input_ids.shape == (2, width) and batch.attention_mask.sum(dim=1).tolist() == [5, 3]
 
 
-def test_batches_of_either_kind_have_few_widths():
+def test_training_and_evaluation_batches_have_few_widths():
     split = split_of([7, 2, 9, 1, 4, 11, 12, 3])  # max_length is 12
     for batches in (training_batches(split, 1, 1, seed=0, epoch=1), evaluation_batches(split, 1, 1)):
         assert sorted(batch.input_ids.shape[1] for batch in batches) == [4, 4, 4, 4, 8, 12, 12, 12]
     assert {batch.input_ids.shape[1] for batch in training_batches(split, 1, 1, 0, 1, multiple_of=1)} > {7, 9}
 
 
-def test_evaluation_goes_by_length_and_knows_its_rows():
+def test_evaluation_batches_are_sorted_by_length_and_hold_their_rows():
     split = split_of([7, 2, 9, 1, 4])
     batches = list(evaluation_batches(split, 2, 1))
     assert torch.cat([batch.indices for batch in batches]).tolist() == [3, 1, 4, 0, 2]
@@ -98,57 +97,29 @@ def tokenizer():
 TEXTS = Split(["oil price", "the cup", "a goal in the match says the coach today"], [1, 0, 0])
 
 
-def test_encoding_counts_what_is_cut(tokenizer):
+def test_encoding_counts_truncated_texts(tokenizer):
     split = encode_split(TEXTS, tokenizer)
     assert split.lengths.tolist() == [4, 4, 6] and split.truncated == 1 and split.labels.tolist() == [1, 0, 0]
     assert split.input_ids[:4].tolist() == tokenizer.encode_batch(["oil price"])[0]
 
 
-def test_encoding_is_cached_by_texts_and_tokenizer(tokenizer, monkeypatch):
-    first = encode_split(TEXTS, tokenizer)
-    calls = []
-    real = TextTokenizer.encode_batch_with_cuts
-
-    def counting(self, texts):
-        calls.append(len(texts))
-        return real(self, texts)
-
-    monkeypatch.setattr(TextTokenizer, "encode_batch_with_cuts", counting)
-    again = encode_split(TEXTS, tokenizer)
-    assert not calls and np.array_equal(first.input_ids, again.input_ids) and again.truncated == 1
-    encode_split(Split([*TEXTS.texts[:2], "oil"], TEXTS.labels), tokenizer)
-    assert len(calls) == 1
-    longer = encode_split(TEXTS, TextTokenizer(tiny_tokenizer(), 30))
-    assert len(calls) == 2 and longer.truncated == 0
+def test_encoding_in_chunks_is_the_same_as_in_one_call(tokenizer, monkeypatch):
+    whole = encode_split(TEXTS, tokenizer)
+    monkeypatch.setattr(batching, "_TEXTS_PER_CALL", 2)
+    chunked = encode_split(TEXTS, tokenizer)
+    assert np.array_equal(chunked.input_ids, whole.input_ids) and np.array_equal(chunked.offsets, whole.offsets)
+    assert chunked.truncated == whole.truncated == 1
+    assert (chunked.input_ids.dtype, chunked.offsets.dtype, chunked.labels.dtype) == (np.int32, np.int64, np.int64)
 
 
-def test_encoding_without_cache_is_the_same_and_leaves_no_file(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setenv("LORABERTA_CACHE", str(tmp_path / "none"))
-    plain = encode_split(TEXTS, tokenizer, cache=False)
-    assert not (tmp_path / "none").exists()
-    cached = encode_split(TEXTS, tokenizer)
-    assert np.array_equal(plain.input_ids, cached.input_ids) and plain.truncated == cached.truncated
+def test_an_empty_split_has_no_ids(tokenizer):
+    split = encode_split(Split([], []), tokenizer)
+    assert split.input_ids.shape == (0,) and split.offsets.tolist() == [0] and split.lengths.shape == (0,)
 
 
-def test_a_damaged_cache_is_made_anew(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setenv("LORABERTA_CACHE", str(tmp_path))
-    split = Split(["goal today", "oil"] * 50, [0, 1] * 50)
-    whole = encode_split(split, tokenizer)
-    (path,) = (tmp_path / "tokenized").iterdir()
-    for damaged in (b"", path.read_bytes()[:100], b"not arrow at all"):
-        path.write_bytes(damaged)
-        assert np.array_equal(encode_split(split, tokenizer).input_ids, whole.input_ids)
-
-
-def test_a_cache_that_can_not_be_written_says_why_and_leaves_nothing(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setenv("LORABERTA_CACHE", str(tmp_path))
-    split = Split(["goal today", "oil"] * 2000, [0, 1] * 2000)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # no file may grow above 1,000 bytes
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            encode_split(split, tokenizer)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not any((tmp_path / "tokenized").iterdir())
-    assert len(encode_split(split, tokenizer).labels) == 4000
+def test_a_progress_bar_is_shown_on_a_terminal_only(tokenizer, monkeypatch, capsys):
+    encode_split(TEXTS, tokenizer, description="tokenizing train")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    encode_split(TEXTS, tokenizer, description="tokenizing train")
+    assert "tokenizing train" in capsys.readouterr().err

@@ -417,7 +417,7 @@ def test_rows_are_shared_out_without_loss_or_copy(lengths, batch_size, size, epo
         found = [row for part in parts for row in part.indices[part.labels != NO_LABEL].tolist()]
         assert sorted(found) == sorted(rows.tolist())
         for part in parts:
-            assert len(part.labels) >= 1 and len(part.labels) + part.elsewhere == len(rows)
+            assert len(part.labels) >= 1 and len(part.labels) + part.num_remote == len(rows)
             assert part.tokens == split.lengths[rows].sum()
         held = [int((part.labels != NO_LABEL).sum()) for part in parts]
         assert max(held) - min(held) <= 1
