@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -167,15 +167,16 @@ def collate(
     )
 
 
-def _loader(
-    rows: list[np.ndarray], collate_rows: Callable[[np.ndarray], Batch], device: torch.device
-) -> Iterable[Batch]:
-    """On a GPU, worker processes collate ahead of it into pinned memory; on a CPU they would take its cores."""
+def _loader(split: EncodedSplit, rows: list[np.ndarray], device: torch.device, **options: Any) -> Iterable[Batch]:
+    """`collate(split, rows[i], **options)` for each i.
+
+    On a GPU, worker processes collate ahead of it into pinned memory; on a CPU they would take its cores.
+    """
     on_gpu = device.type == "cuda"
     return DataLoader(
         rows,
         batch_size=None,
-        collate_fn=collate_rows,
+        collate_fn=functools.partial(collate, split, **options),
         num_workers=_WORKERS_ON_GPU if on_gpu else 0,
         pin_memory=on_gpu,
         # Each iteration over a loader draws a seed for its workers. Drawn from the default generator, it would shift
@@ -203,8 +204,8 @@ def training_batches(
     the rest. Padding is that of `collate`.
     """
     rows = bucketed_batches(split.lengths, batch_size, seed, epoch)[skip:]
-    how = {"pad_token_id": pad_token_id, "padding": padding, "share": share, "multiple_of": multiple_of}
-    return _loader(rows, functools.partial(collate, split, **how), device)
+    options = {"pad_token_id": pad_token_id, "padding": padding, "share": share, "multiple_of": multiple_of}
+    return _loader(split, rows, device, **options)
 
 
 def evaluation_batches(
@@ -221,5 +222,4 @@ def evaluation_batches(
     """
     order = np.argsort(split.lengths, kind="stable")
     rows = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][share]
-    how = {"pad_token_id": pad_token_id, "padding": padding, "multiple_of": WIDTH_MULTIPLE}
-    return _loader(rows, functools.partial(collate, split, **how), device)
+    return _loader(split, rows, device, pad_token_id=pad_token_id, padding=padding, multiple_of=WIDTH_MULTIPLE)

@@ -357,7 +357,7 @@ def test_a_line_of_a_gigabyte_is_refused_by_its_beginning(tmp_path, kind, start)
     path.write_text(head if start == "after a row" else "")
     os.truncate(path, 1 << 30)
     for read in readers(path):
-        refused(DataError, rf"data\.{kind}, row [123]: longer than 10,000,000 characters", read)
+        refused(DataError, rf"data\.{kind}, row [123]: longer than 10,000,000 bytes", read)
 
 
 def test_rows_within_quotes_do_not_escape_the_limit(tmp_path, monkeypatch):

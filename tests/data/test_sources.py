@@ -78,7 +78,7 @@ def test_real_ag_news_rows(shared):
         ('"1","a","b"\n"1","a"\n', r"train\.csv, row 2: 2 fields, not 3"),
         ('"1","a","b"\n"5","a","b"\n', r"train\.csv, row 2: class '5' is not 1, 2, 3 or 4"),
         ('"1","a","b"\n"2"," "," "\n', r"train\.csv, row 2: the text is empty"),
-        ('"1","a","b"\n"2","a,"b"\n', r"train\.csv, row 2: .* mend the row's quotes"),
+        ('"1","a","b"\n"2","a,"b"\n', r"train\.csv, row 2: .* fix the row's quotes"),
         ("", r"train\.csv: no rows"),
     ],
 )
@@ -102,14 +102,14 @@ GOOD = "label,text\n" + "".join(f"{i % 2},text {i}\n" for i in range(20))
         ("a.csv", "label,text\n", r"a\.csv: no rows"),
         ("a.csv", "", r"a\.csv, header: no column"),
         ("a.csv", "label,text,text\n1,a,b\n", r"a\.csv, header: 2 columns 'text'"),
-        ("a.jsonl", '{"label": 1, "text": ["x"]}\n', r"a\.jsonl, row 1: 'text' holds no text, but a list"),
+        ("a.jsonl", '{"label": 1, "text": ["x"]}\n', r"a\.jsonl, row 1: 'text' is not text, but a list"),
         ("a.jsonl", '{"label": [1], "text": "x"}\n', r"a\.jsonl, row 1: 'label' is \[1\], neither a name nor"),
         ("a.jsonl", '{"label": 1.5, "text": "x"}\n', r"a\.jsonl, row 1: 'label' is 1.5, neither a name nor"),
         ("a.jsonl", '{"label": NaN, "text": "x"}\n', r"a\.jsonl, row 1: the label is empty"),
         ("a.jsonl", '{"label": 1, "text": NaN}\n', r"a\.jsonl, row 1: the text is empty"),
         ("a.jsonl", '{"label": ' + "1" * 5000 + ', "text": "x"}\n', r"a\.jsonl, row 1: not JSON"),
         ("a.csv", "label,text\n" + "1,x\n" * 20, "every row has the label '1'"),
-        ("a.csv", 'label,text\n1,"open\n', r"a\.csv, row 2: .* mend the row's quotes"),
+        ("a.csv", 'label,text\n1,"open\n', r"a\.csv, row 2: .* fix the row's quotes"),
         ("a.jsonl", '{"label": 1, "text": "x"}\n{broken\n', r"a\.jsonl, row 2: not JSON"),
         ("a.jsonl", '{"label": 1, "text": "x"}\n[1]\n', r"a\.jsonl, row 2: not a JSON object"),
         ("a.jsonl", '{"label": 1, "text": "x"}\n{"label": 1}\n', r"a\.jsonl, row 2: no column 'text'"),
@@ -169,7 +169,7 @@ def test_an_id_that_is_missing_is_named(tmp_path, gap):
 )
 def test_a_setting_that_the_source_does_not_know_is_refused(source, field):
     (name,) = field
-    with pytest.raises(DataError, match=f"data.{name} means nothing for the source '{source}'; remove it"):
+    with pytest.raises(DataError, match=f"data.{name} has no effect for the source '{source}'; remove it"):
         load(source, **field)
 
 
