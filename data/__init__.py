@@ -1,1 +1,1 @@
-"""Text in, batches out: where labelled text and checkpoints come from, and how texts become padded batches of ids."""
+"""From text to batches: sources of labelled text and checkpoints, cleaning, augmentation, padded batches of ids."""

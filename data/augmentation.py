@@ -1,15 +1,14 @@
-"""EDA: four small edits that make new training texts of old ones (Wei & Zou 2019).
+"""EDA: four random edits that make new training texts from old ones (Wei & Zou 2019).
 
 For a text of l words and a strength alpha, n = max(1, floor(alpha l)), and each new text is made by one of
 
-    synonym replacement   n words that are no stop words become one of their synonyms
-    random insertion      n times: a synonym of such a word is put in anywhere
+    synonym replacement   n words that are not stop words are replaced by a synonym
+    random insertion      n times: a synonym of such a word is inserted at a random position
     random swap           n times: two words change places
     random deletion       every word is dropped with probability alpha, but never all of them
 
-(section 2 there). n_aug new texts are made of each text, which stays as well. Synonyms come from WordNet 3.0, as in
-the paper (wordnet/build.py). What a text becomes is decided by (seed, epoch, row) alone: not by the other rows, their
-order, or who computes it.
+(section 2 there). Each text is kept and followed by n_aug new ones. Synonyms come from WordNet 3.0, as in the paper
+(wordnet/build.py). The new texts of a text depend on (seed, epoch, row) alone, not on other rows or on the process.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from data.errors import DataError
 
 _TABLE = Path(__file__).parent / "wordnet" / "synonyms.txt"
 
-# Words that carry grammar rather than meaning: a synonym for one of them makes no sentence.
+# Function words: they are not replaced, as a synonym would make the sentence ungrammatical.
 STOP_WORDS = frozenset(
     # articles, demonstratives, quantities
     "a an the this that these those some any no every each either neither both all another other such same few more "
@@ -46,15 +45,15 @@ STOP_WORDS = frozenset(
     # adverbs of time, place, degree and negation
     "not then once here there when where why how again further only very too just also now ever never always already "
     "still even rather quite almost "
-    # what is left of "it's", "don't", "we'll" without the apostrophe
+    # parts of "it's", "don't", "we'll" split at the apostrophe
     "s t d ll m o re ve don".split()
 )
 
-# A word with the marks around it: ("Oil,) is (", Oil, ,).
+# A word and the punctuation around it: '"Oil,' is '"', 'Oil', ','.
 _PIECES = re.compile(r"^(\W*)(.*?)(\W*)$", re.DOTALL)
 _LETTER = re.compile(r"[^\W\d_]")
 _LATIN_LETTER = re.compile(r"[A-Za-z\u00c0-\u024f]")
-# WordNet's rules for regular forms of nouns, verbs and adjectives: an ending, and what it stood for (morphy(7WN)).
+# WordNet's rules for regular forms of nouns, verbs and adjectives: suffix, and suffix of the base form (morphy(7WN)).
 _ENDINGS = (
     ("s", ""), ("ses", "s"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"), ("men", "man"), ("ies", "y"),
     ("es", "e"), ("es", ""), ("ed", "e"), ("ed", ""), ("ing", "e"), ("ing", ""),
@@ -64,58 +63,58 @@ _ENDINGS = (
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """EDA of the training texts."""
+    """EDA of the training texts (Wei & Zou 2019)."""
 
     n_aug: int = 0
-    """New texts made of each; 0 is no augmentation. The paper: 16 for 500 texts, 8 for 2,000, 4 from 5,000 on."""
+    """New texts per text; 0 is no augmentation. The paper: 16 for 500 texts, 8 for 2,000, 4 for 5,000 or more."""
     alpha: float = 0.1
     """Share of the words that an edit changes. The paper: 0.05 up to 2,000 texts, 0.1 beyond."""
     fresh: bool = True
-    """New texts every epoch, or the same ones in all."""
+    """Make other new texts in every epoch, or the same ones in all."""
 
     def __post_init__(self) -> None:
         if self.n_aug < 0:
             raise DataError(f"data.augmentation.n_aug is {self.n_aug!r}; it must be 0 or more")
         if not 0 <= self.alpha < 1:
-            raise DataError(f"data.augmentation.alpha is {self.alpha!r}; it is a share in [0, 1)")
+            raise DataError(f"data.augmentation.alpha is {self.alpha!r}; it must be in [0, 1)")
 
 
 def edits(words: Sequence[str], alpha: float) -> int:
-    """How many words of a text an edit changes: n = max(1, floor(alpha l)); 0 if alpha is 0."""
+    """Number of words that an edit changes: n = max(1, floor(alpha l)); 0 if alpha is 0."""
     return max(1, int(alpha * len(words))) if alpha > 0 else 0
 
 
 def synonym_replacement(words: list[str], alpha: float, draw: random.Random) -> list[str]:
-    """n words that are no stop words become one of their synonyms; fewer, if fewer have any."""
+    """Replace n words that are not stop words by a synonym; fewer, if fewer have any."""
     words = list(words)
-    places = _replaceable(words)
-    for place in draw.sample(places, min(edits(words, alpha), len(places))):
-        before, word, after = _PIECES.match(words[place]).groups()
-        words[place] = before + _in_case_of(draw.choice(synonyms(word.lower())), word) + after
+    positions = _replaceable(words)
+    for position in draw.sample(positions, min(edits(words, alpha), len(positions))):
+        before, word, after = _PIECES.match(words[position]).groups()
+        words[position] = before + _in_case_of(draw.choice(synonyms(word.lower())), word) + after
     return words
 
 
 def random_insertion(words: list[str], alpha: float, draw: random.Random) -> list[str]:
-    """n times: a synonym of a word of the text that is no stop word is put in anywhere."""
+    """n times: insert a synonym of a word that is not a stop word at a random position."""
     longer = list(words)
-    places = _replaceable(words)
-    for _ in range(edits(words, alpha) if places else 0):
-        _, word, _ = _PIECES.match(words[draw.choice(places)]).groups()
+    positions = _replaceable(words)
+    for _ in range(edits(words, alpha) if positions else 0):
+        _, word, _ = _PIECES.match(words[draw.choice(positions)]).groups()
         longer.insert(draw.randint(0, len(longer)), draw.choice(synonyms(word.lower())))
     return longer
 
 
 def random_swap(words: list[str], alpha: float, draw: random.Random) -> list[str]:
-    """n times: two words, drawn anew each time, change places."""
+    """n times: swap two random words."""
     words = list(words)
     for _ in range(edits(words, alpha) if len(words) > 1 else 0):
-        one, other = draw.sample(range(len(words)), 2)
-        words[one], words[other] = words[other], words[one]
+        i, j = draw.sample(range(len(words)), 2)
+        words[i], words[j] = words[j], words[i]
     return words
 
 
 def random_deletion(words: list[str], alpha: float, draw: random.Random) -> list[str]:
-    """Every word is dropped with probability alpha; if none would be left, one is."""
+    """Drop every word with probability alpha; if none would be left, keep a random one."""
     return [word for word in words if draw.random() >= alpha] or [draw.choice(words)]
 
 
@@ -133,9 +132,9 @@ def augment(text: str, config: AugmentationConfig, draw: random.Random) -> list[
 def augment_texts(
     texts: Sequence[str], labels: Sequence[int], config: AugmentationConfig, seed: int, epoch: int
 ) -> tuple[list[str], list[int]]:
-    """All texts, each followed by its new ones, and their labels: (1 + n_aug) times as many.
+    """All texts, each followed by its `n_aug` new ones, and their labels.
 
-    Without `fresh`, every epoch has the new texts of epoch 0.
+    Without `fresh`, the new texts of every epoch are those of epoch 0.
     """
     epoch = epoch if config.fresh else 0
     new_texts: list[str] = []
@@ -145,9 +144,7 @@ def augment_texts(
 
 
 def check_script(texts: Sequence[str], origin: str) -> None:
-    """Raise DataError if most texts are in another script than Latin: there are no synonyms for them, and perhaps no
-    spaces between their words, so that EDA would make copies and call them new.
-    """
+    """Raise DataError if most texts are not in Latin script: without synonyms and spaces, EDA would only copy them."""
     foreign = [text for text in texts if 2 * len(_LATIN_LETTER.findall(text)) < len(_LETTER.findall(text))]
     if 2 * len(foreign) > len(texts):
         raise DataError(
@@ -158,9 +155,9 @@ def check_script(texts: Sequence[str], origin: str) -> None:
 
 @functools.lru_cache(maxsize=1 << 17)
 def synonyms(word: str) -> tuple[str, ...]:
-    """Synonyms of a lower-case word and of its base forms by WordNet, in alphabetical order; none for a stop word.
+    """WordNet's synonyms of a lower-case word and of its base forms, in alphabetical order; none for a stop word.
 
-    All meanings of the word count, as in the paper's own program.
+    All meanings of the word count, as in the paper's program.
     """
     if word in STOP_WORDS:
         return ()
@@ -187,8 +184,8 @@ def _read_table() -> tuple[dict[str, set[str]], dict[str, list[str]]]:
 
 
 def _replaceable(words: Sequence[str]) -> list[int]:
-    """Places of the words that have synonyms."""
-    return [place for place, word in enumerate(words) if synonyms(_PIECES.match(word)[2].lower())]
+    """Positions of the words that have synonyms."""
+    return [position for position, word in enumerate(words) if synonyms(_PIECES.match(word)[2].lower())]
 
 
 def _in_case_of(synonym: str, word: str) -> str:
