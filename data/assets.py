@@ -219,14 +219,9 @@ def _snapshot(hub_id: str, *, local_files_only: bool) -> Path:
     """The folder of a checkpoint in the hub library's cache. Raises what the library raises."""
     import huggingface_hub  # slow to import, and not needed for a local folder
 
-    return Path(
-        huggingface_hub.snapshot_download(
-            hub_id,
-            allow_patterns=["config.json", "model.safetensors", *_TOKENIZER_FILES],
-            local_files_only=local_files_only,
-            etag_timeout=HUB_TIMEOUT_SECONDS,
-        )
-    )
+    patterns = ["config.json", "model.safetensors", *_TOKENIZER_FILES]
+    options = {"allow_patterns": patterns, "local_files_only": local_files_only, "etag_timeout": HUB_TIMEOUT_SECONDS}
+    return Path(huggingface_hub.snapshot_download(hub_id, **options))
 
 
 def _cached_from_hub(hub_id: str) -> Path | None:

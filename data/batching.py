@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -25,7 +24,6 @@ from data.sources import Split
 _TEXTS_PER_CALL = 1000  # of the tokenizer, whose Python lists are what tokenizing takes memory for
 # Texts are sorted by length within this many batches: enough for near-equal lengths, few enough that epochs differ.
 _BATCHES_PER_BUCKET = 50
-_WORKERS_ON_GPU = 2
 
 # The width of a batch is a multiple of this: oneDNN, and a compiler, generate code for each width, which takes a CPU
 # longer than the few tokens of padding do (docs/performance.md).
@@ -97,8 +95,8 @@ def encode_split(split: Split, tokenizer: Tokenizer, description: str = "tokeniz
     Raises what the tokenizer raises.
     """
     ids, lengths, truncated = [np.empty(0, np.int32)], [0], 0
-    show_bar = sys.stderr.isatty()
-    with tqdm(total=len(split.texts), desc=description, unit=" texts", leave=False, disable=not show_bar) as bar:
+    # disable=None shows the bar on a terminal only.
+    with tqdm(total=len(split.texts), desc=description, unit=" texts", leave=False, disable=None) as bar:
         for start in range(0, len(split.texts), _TEXTS_PER_CALL):
             chunk, cut = tokenizer.encode_batch_with_cuts(split.texts[start : start + _TEXTS_PER_CALL])
             ids.append(np.fromiter(itertools.chain.from_iterable(chunk), np.int32))
@@ -177,7 +175,7 @@ def _loader(split: EncodedSplit, rows: list[np.ndarray], device: torch.device, *
         rows,
         batch_size=None,
         collate_fn=functools.partial(collate, split, **options),
-        num_workers=_WORKERS_ON_GPU if on_gpu else 0,
+        num_workers=2 if on_gpu else 0,
         pin_memory=on_gpu,
         # Each iteration over a loader draws a seed for its workers. Drawn from the default generator, it would shift
         # every later dropout mask, and a resumed epoch starts its loader a second time.

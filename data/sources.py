@@ -116,12 +116,14 @@ class _Row:
 
     text: str
     label: str
+    """Name of the class; the ID, where rows have no label."""
     where: str
     """File and row, for error messages."""
 
     def __post_init__(self) -> None:
-        _check_not_empty(self.text, "text", self.where)
-        _check_not_empty(self.label, "label", self.where)
+        for name, value in (("text", self.text), ("label", self.label)):
+            if not value.strip():
+                raise DataError(f"{self.where}: the {name} is empty; remove the row or fill it in")
 
 
 def load_source(config: DataConfig, seed: int) -> LabelledText:
@@ -233,10 +235,15 @@ def _from_tab_files(config: DataConfig, seed: int) -> LabelledText:
 
 def _from_files(config: DataConfig, seed: int) -> LabelledText:
     """CSV, TSV, JSONL or Parquet files with the columns that `config` names."""
-    train, validation, test = (
-        None if path is None else list(_file_rows(Path(path), config.text_columns, config.label_column))
-        for path in (config.source, config.validation_file, config.test_file)
-    )
+    texts, label = config.text_columns, config.label_column
+
+    def rows(path: str | None) -> list[_Row] | None:
+        if path is None:
+            return None
+        found = _checked_rows(Path(path), (*texts, label))
+        return [_Row(_file_text(row, texts, where), _file_label(row, label, where), where) for where, row in found]
+
+    train, validation, test = map(rows, (config.source, config.validation_file, config.test_file))
     origin = config.source if test is not None else f"{config.source} (a tenth of it held out to test on)"
     return _assemble(config, seed, train, validation, test, origin)
 
@@ -249,27 +256,18 @@ def read_unlabelled(
     The id is the column `id_column`, else a column called id or ID if the first row has one, else the row's number
     from 0. Raises DataError, which names the file, the row and the fix.
     """
-    ids, texts = [], []
+    rows = []
     for number, (where, row) in enumerate(_checked_rows(path, (*text_columns, *([id_column] if id_column else ())))):
         if number == 0 and id_column is None:
             id_column = next((name for name in _ID_COLUMNS if name in row), None)
         value = number if id_column is None else row.get(id_column)
         if _is_gap(value) or not str(value).strip():
             raise DataError(f"{where}: the ID in {id_column!r} is empty; fill it in, or name another column of IDs")
-        text = _file_text(row, text_columns, where)
-        _check_not_empty(text, "text", where)
-        ids.append(str(value))
-        texts.append(text)
-    return ids, texts
+        rows.append(_Row(_file_text(row, text_columns, where), str(value), where))
+    return [row.label for row in rows], [row.text for row in rows]
 
 
 # --- files to rows ------------------------------------------------------------------------------------------------
-
-
-def _file_rows(path: Path, text_columns: tuple[str, ...], label_column: str) -> Iterator[_Row]:
-    """The labelled rows of one file."""
-    for where, row in _checked_rows(path, (*text_columns, label_column)):
-        yield _Row(_file_text(row, text_columns, where), _file_label(row[label_column], label_column, where), where)
 
 
 def _checked_rows(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -297,12 +295,13 @@ def _file_text(row: dict[str, Any], columns: tuple[str, ...], where: str) -> str
     return " ".join("" if _is_gap(row[name]) else str(row[name]) for name in columns)
 
 
-def _file_label(label: Any, column: str, where: str) -> str:
-    """A label as text, so that 3 in one file and "3" in another are the same class; a gap is the empty text.
+def _file_label(row: dict[str, Any], column: str, where: str) -> str:
+    """The label as text, so that 3 in one file and "3" in another are the same class; a gap is the empty text.
 
     Some programs store a column of integers that has a gap as 1.0, 2.0, ...: these are integers too. Raises DataError
     if the label is neither a name nor an integer.
     """
+    label = row[column]
     if _is_gap(label):
         return ""
     if isinstance(label, float) and label.is_integer():
@@ -310,11 +309,6 @@ def _file_label(label: Any, column: str, where: str) -> str:
     if not isinstance(label, str | int):
         raise DataError(f"{where}: {column!r} is {label!r}, neither a name nor an integer; fix the row")
     return str(label).strip()
-
-
-def _check_not_empty(value: str, name: str, where: str) -> None:
-    if not value.strip():
-        raise DataError(f"{where}: the {name} is empty; remove the row or fill it in")
 
 
 def _listed(names: Iterable[Any]) -> str:
@@ -341,11 +335,10 @@ def _delimited(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, dict[
     _, header = next(records, (0, []))
     _check_columns(wanted, header, f"{path}, header")
     for number, fields in records:
+        where = f"{path}, row {number}"
         if len(fields) != len(header):
-            raise DataError(
-                f"{path}, row {number}: {len(fields)} fields, but the header has {len(header)}; fix the row"
-            )
-        yield f"{path}, row {number}", dict(zip(header, fields, strict=True))
+            raise DataError(f"{where}: {len(fields)} fields, but the header has {len(header)}; fix the row")
+        yield where, dict(zip(header, fields, strict=True))
 
 
 def _csv_records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -431,8 +424,8 @@ def _lines(path: Path) -> Iterator[str]:
                 try:
                     text = line.decode()
                 except UnicodeDecodeError as error:
-                    at = offset + error.start
-                    raise DataError(f"{where}: not UTF-8 (byte {at}); save the file as UTF-8") from None
+                    byte = offset + error.start
+                    raise DataError(f"{where}: not UTF-8 (byte {byte}); save the file as UTF-8") from None
                 offset += len(line)
                 yield text.removeprefix("\ufeff") if number == 1 else text
     except OSError as error:

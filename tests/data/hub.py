@@ -1,8 +1,8 @@
-"""A hub on 127.0.0.1: serves folders as repositories, with just enough of the hub's protocol for its own library.
+"""A hub on 127.0.0.1: serves folders as repositories, with as much of the protocol as the hub's library needs.
 
-It can be told to fail: `faults` holds, for the end of a path, what happens to the first requests for it that read
-(GET), one after the other: a status such as 500 or 429, "cut" (half of the file and no more), "stall" (half of it, then
-silence), "slow" (in small pieces), "wrong" (other bytes of the same number), "redirect" (to another path).
+It can simulate failures: `faults` maps the end of a path to the faults of its first GET requests, in order: a status
+code such as 500 or 429, "cut" (half of the file, then the connection closes), "stall" (half of it, then nothing),
+"slow" (in small pieces), "wrong" (other bytes of the same number), "redirect" (to another path).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Hub:
         self.requests: list[str] = []
         self.faults = faults or {}
         self.ranges: list[str] = []
-        """The parts of files asked for, where a download went on."""
+        """The byte ranges that resumed downloads asked for."""
         self.closing = threading.Event()
         hub = self
 
@@ -70,10 +70,10 @@ class Hub:
             return handler.end_headers()
         if fault == "redirect":
             handler.send_response(302)
-            handler.send_header("Location", f"/elsewhere{handler.path}")
+            handler.send_header("Location", f"/redirected{handler.path}")
             handler.send_header("Content-Length", "0")
             return handler.end_headers()
-        path = path.removeprefix("/elsewhere")
+        path = path.removeprefix("/redirected")
         for (kind, name), folder in self.repositories.items():
             prefix = "" if kind == "model" else "datasets/"
             if path.startswith(f"/{prefix}{name}/resolve/"):
@@ -134,7 +134,7 @@ class Hub:
         self.send(handler, json.dumps(value).encode(), "application/json", body)
 
     def send(self, handler, content: bytes, kind: str, body: bool, fault: str | None = None) -> None:
-        # The hub names large files by their sha256, and the library keeps them under that name.
+        # The hub announces large files by their sha256, and the library stores them under that name.
         etag = hashlib.sha256(content) if content[8:9] == b"{" else hashlib.sha1(content)
         start, asked = 0, handler.headers.get("Range")
         if asked and body:

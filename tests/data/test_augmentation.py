@@ -1,4 +1,4 @@
-"""EDA: the counts of the paper's formulas, and what must never change."""
+"""EDA: the counts of the paper's formulas, determinism, and what no operation may do."""
 
 import random
 from collections import Counter
@@ -131,14 +131,14 @@ def test_labels_go_with_their_texts_and_the_originals_stay():
     assert texts[::4] == TEXTS and [labels[i::4] for i in range(4)] == [LABELS] * 4
 
 
-def test_new_texts_are_decided_by_seed_epoch_and_row():
+def test_new_texts_depend_on_seed_epoch_and_row_alone():
     config = AugmentationConfig(n_aug=2)
     first = augment_texts(TEXTS, LABELS, config, 1, 2)[0]
     assert first == augment_texts(TEXTS, LABELS, config, 1, 2)[0]
     assert first != augment_texts(TEXTS, LABELS, config, 1, 3)[0]
     assert first != augment_texts(TEXTS, LABELS, config, 2, 2)[0]
     changed = augment_texts(["another text", *TEXTS[1:]], LABELS, config, 1, 2)[0]
-    assert changed[3:] == first[3:], "a row hangs on the rows before it"
+    assert changed[3:] == first[3:], "a row depends on the rows before it"
 
 
 def test_fixed_texts_are_the_same_in_every_epoch():
@@ -156,14 +156,14 @@ def test_worker_processes_make_the_same_texts():
 
 
 @pytest.mark.parametrize(
-    ("word", "some"),
+    ("word", "expected"),
     [
         ("price", "cost"), ("prices", "cost"), ("went", "travel"), ("children", "kid"), ("buying", "purchase"),
         ("cities", "metropolis"), ("happier", "glad"),
     ],
 )  # fmt: skip
-def test_synonyms_of_a_word_and_of_its_forms(word, some):
-    assert some in synonyms(word) and word not in synonyms(word)
+def test_synonyms_of_a_word_and_of_its_forms(word, expected):
+    assert expected in synonyms(word) and word not in synonyms(word)
 
 
 def test_stop_words_and_unknown_words_have_none():

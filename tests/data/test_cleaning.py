@@ -1,4 +1,4 @@
-"""Cleaning: each step on the kinds of damage that AG News has, and what holds for any text."""
+"""Cleaning: each step on the kinds of damage in AG News, and properties of any text."""
 
 import csv
 import functools
@@ -12,7 +12,7 @@ from data.cleaning import CleaningConfig, clean_html, clean_punctuation, lemmati
 from data.sources import LabelledText, Split
 
 HTML = [
-    # entities, whole and with a space where the ampersand was
+    # entities, with an ampersand or with a space instead
     ("Sun&amp;Moon Ltd. sues", "Sun&Moon Ltd. sues"),
     ("Tokyo #39;s index slips", "Tokyo's index slips"),
     ("the  #39;hands-off #39; plan", "the 'hands-off' plan"),
@@ -50,7 +50,7 @@ HTML = [
     (r"ends here\\ and goes on", "ends here and goes on"),
     # spaces
     ("  two   spaces \t and\n lines ", "two spaces and lines"),
-    # what only looks like markup
+    # not markup
     ("x < 3 and y > 2", "x < 3 and y > 2"),
     ("R&D at AT&T", "R&D at AT&T"),
     ("I <3 football", "I <3 football"),
@@ -107,7 +107,7 @@ def test_lemmas(before, after):
 
 STEPS = [clean_html, clean_punctuation, lowercase, lemmatize]
 ALL = make_cleaner(CleaningConfig(html=True, punctuation=True, lowercase=True, lemmatize=True))
-# Pieces of markup among any characters, so that random texts meet the rules.
+# Pieces of markup among random characters, so that the rules apply.
 TEXTS = st.lists(
     st.one_of(
         st.text(max_size=6),
@@ -126,7 +126,7 @@ TEXTS = st.lists(
 @example("0<P--=&GT;")
 @example("a <b\u200b>x")
 @example("to &HEARTS; and <bases> of")
-def test_a_step_applied_twice_is_the_step_applied_once(step, text):
+def test_steps_are_idempotent(step, text):
     assert step(step(text)) == step(text)
 
 

