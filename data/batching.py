@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data.sources import Split
 
-_TEXTS_PER_CALL = 1000  # of the tokenizer, whose Python lists are what tokenizing takes memory for
+_TEXTS_PER_CALL = 1000  # of the tokenizer, whose lists of Python integers take most of the memory
 # Texts are sorted by length within this many batches: enough for near-equal lengths, few enough that epochs differ.
 _BATCHES_PER_BUCKET = 50
 
@@ -90,10 +90,7 @@ class Batch:
 
 
 def encode_split(split: Split, tokenizer: Tokenizer, description: str = "tokenizing") -> EncodedSplit:
-    """Tokenize a split; `description` labels the progress bar, which is shown on a terminal only.
-
-    Raises what the tokenizer raises.
-    """
+    """Tokenize a split; `description` labels the progress bar. Raises what the tokenizer raises."""
     ids, lengths, truncated = [np.empty(0, np.int32)], [0], 0
     # disable=None shows the bar on a terminal only.
     with tqdm(total=len(split.texts), desc=description, unit=" texts", leave=False, disable=None) as bar:
