@@ -1,22 +1,27 @@
-"""What the lessons share: a small real task, a short training, and a figure.
+"""Shared by the lessons: a small real task, a short training run and a figure.
 
-The task is MiniLM on a thousand texts of Reuters R8, at most 48 tokens each, without dropout, so that two runs differ
-by what a lesson varies and by nothing else.
+The task is MiniLM on 1,000 texts of Reuters R8, at most 48 tokens each, without dropout: two runs differ only by what
+the lesson varies.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib
+import numpy as np
 import torch
-from torch import nn
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor, nn
 
 from data.assets import fetch_checkpoint
 from data.batching import Batch, EncodedSplit, encode_split, evaluation_batches, training_batches
@@ -33,9 +38,6 @@ from training.plots import PALETTE, smoothed
 from training.precision import Compute
 from training.progress import say
 from training.scoring import predict
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 CPU = Compute(torch.device("cpu"), "fp32")
 LEARNING_RATE = 1e-3
@@ -54,28 +56,27 @@ class Task:
     batch_size: int = 8
 
     def adapted(self, config: LoRAConfig) -> nn.Module:
-        """A fresh copy of the model with adapters; the same A for the same settings, whatever ran before."""
+        """A copy of the model with adapters. The same settings always give the same initial A."""
         torch.manual_seed(self.seed)
         return inject_lora(copy.deepcopy(self.model), config)
 
     def batches(self, number: int) -> list[Batch]:
-        """The first so many training batches, epoch after epoch; every run of a lesson sees the same ones."""
-        found: list[Batch] = []
-        for epoch in range(1, number + 1):
-            found += training_batches(self.train, self.batch_size, self.pad_token_id, self.seed, epoch)
-            if len(found) >= number:
-                break
-        return found[:number]
+        """The first `number` training batches over as many epochs as needed, the same ones in every run."""
+        epochs = (
+            training_batches(self.train, self.batch_size, self.pad_token_id, self.seed, epoch)
+            for epoch in itertools.count(1)
+        )
+        return list(itertools.islice(itertools.chain.from_iterable(epochs), number))
 
     def accuracy(self, model: nn.Module) -> float:
-        """Share of the validation texts that `model` puts into the right class."""
+        """Accuracy on the validation texts, 0 to 1."""
         batches = evaluation_batches(self.validation, 64, self.pad_token_id)
         logits = predict(model, batches, len(self.validation.labels), CPU)
         return float((logits.argmax(dim=1).numpy() == self.validation.labels).mean())
 
 
 def reuters_task(seed: int) -> Task:
-    """MiniLM and a thousand texts of Reuters R8, fetched if need be. Raises DataError if they can't be."""
+    """MiniLM and 1,000 texts of Reuters R8, downloaded unless cached. Raises DataError if that fails."""
     data = DataConfig(source="reuters-r8", max_length=48, train_rows=1000, validation_fraction=0.08)
     text = load_source(data, seed)
     directory = fetch_checkpoint("minilm").directory
@@ -99,34 +100,37 @@ def fit(
     learning_rate: float = LEARNING_RATE,
     compute: Compute = CPU,
     scaler: torch.amp.GradScaler | None = None,
-    after_step: Callable[[int], None] = lambda step: None,
+    after_step: Callable[[], None] = lambda: None,
 ) -> list[float]:
-    """Train on each batch once, with `train.train_step`; returns the loss of each step in nats."""
+    """Train on each batch once with `train.train_step`. Returns the loss of each step in nats."""
     optimizer = make_optimizer(model, learning_rate, 0.01, decay_bias_and_norm=False)
     schedule = make_schedule(optimizer, len(batches), min(WARMUP_STEPS, len(batches) // 2))
     scaler = scaler or compute.grad_scaler()
     model.train()
     losses = []
-    for step, batch in enumerate(batches, start=1):
+    for batch in batches:
         losses.append(train_step(model, [batch], optimizer, schedule, scaler, compute, max_grad_norm=1.0).item())
-        after_step(step)
+        after_step()
     model.eval()
     return losses
 
 
+def relative_error(values: Tensor, reference: Tensor) -> float:
+    """|values - reference| / |reference|, Euclidean norms over all entries."""
+    return ((values - reference).norm() / reference.norm()).item()
+
+
 @dataclass(frozen=True)
 class Lesson:
-    """What a lesson found: lines for the terminal, panels for the plot, and the numbers themselves."""
+    """Results of a lesson: lines for the terminal, panels of the plot, and the numbers."""
 
     lines: list[str]
     panels: list[Callable[[Axes], None]]
-    found: dict[str, Any]
+    found: dict[Any, Any]
 
 
 def draw_losses(axes: Axes, losses: dict[str, list[float]]) -> None:
-    """A smoothed loss curve for each name, the raw one faintly behind it."""
-    import numpy as np
-
+    """One smoothed loss curve per name, with the raw curve faint behind it."""
     for (name, values), colour in zip(losses.items(), PALETTE, strict=False):
         steps = range(1, len(values) + 1)
         axes.plot(steps, values, color=colour, alpha=0.2, linewidth=1)
@@ -136,33 +140,30 @@ def draw_losses(axes: Axes, losses: dict[str, list[float]]) -> None:
 
 
 def save_figure(panels: Sequence[Callable[[Axes], None]], path: Path) -> None:
-    """Draw the panels side by side into a PNG; the folder is made."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}):
-        with matplotlib.rc_context({"grid.alpha": 0.2, "legend.frameon": False, "legend.fontsize": 8}):
-            figure = Figure(figsize=(4.8 * len(panels), 3.8), layout="constrained")
-            for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
-                panel(axes)
-                if axes.get_legend_handles_labels()[1]:
-                    axes.legend()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=120)
+    """Draw the panels side by side into a PNG file. Creates the folder."""
+    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.2}
+    with matplotlib.rc_context({**style, "legend.frameon": False, "legend.fontsize": 8}):
+        figure = Figure(figsize=(4.8 * len(panels), 3.8), layout="constrained")
+        for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+            panel(axes)
+            if axes.get_legend_handles_labels()[1]:
+                axes.legend()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Run one lesson: prints its numbers and writes its plot."""
+    """Run one lesson: print its numbers and write its plot."""
 
     seed: int = 0
-    """Decides the new head, A, and the order of the texts."""
+    """Seed of the new head, A, and the order of the texts."""
     output: Path = Path("runs/lessons")
     """Folder for the plot."""
 
 
 def run_lesson(name: str, lesson: Callable[[Task], Lesson]) -> int:
-    """Run `lesson` as a command of its own: fetch the task, print the lines, write NAME.png. Returns the exit code."""
+    """The command of a lesson: load the task, print the lines, write NAME.png. Returns the exit code."""
 
     def command() -> int:
         arguments = parse_options(Arguments, sys.argv[1:], prog=f"experiments.lessons.{name}")

@@ -1,4 +1,4 @@
-"""Which layers does training change most, when every matrix of the encoder may change?
+"""Which layers does training change most, when all matrices of the encoder have adapters?
 
 python -m experiments.lessons.layer_updates
 """
@@ -6,17 +6,14 @@ python -m experiments.lessons.layer_updates
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 
 from experiments.lessons.common import Lesson, Task, fit, run_lesson
 from lora.config import LoRAConfig
 from lora.inject import adapters
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 MATRICES = (
     "attention.self.query",
@@ -28,23 +25,16 @@ MATRICES = (
 )
 
 
-@torch.no_grad()
 def lesson(task: Task, steps: int = 100) -> Lesson:
-    """Train with adapters of rank 6 on all matrices; |s B A| / |W| of each layer and matrix."""
+    """Train with adapters of rank 6 on all matrices. Measures |s B A| / |W| of each matrix of each layer."""
     model = task.adapted(LoRAConfig(rank=6, alpha=14, target_modules=MATRICES))
-    with torch.enable_grad():
-        losses = fit(model, task.batches(steps))
+    losses = fit(model, task.batches(steps))
     layers = adapters(model)
-    number = len(layers) // len(MATRICES)
-    sizes = np.array(
-        [
-            [
-                (layer.delta_weight().norm() / layer.base.weight.norm()).item()
-                for layer in (layers[f"roberta.encoder.layer.{i}.{name}"] for name in MATRICES)
-            ]
-            for i in range(number)
-        ]
-    )
+    sizes = np.zeros((len(layers) // len(MATRICES), len(MATRICES)))
+    with torch.no_grad():
+        for i, j in np.ndindex(sizes.shape):
+            layer = layers[f"roberta.encoder.layer.{i}.{MATRICES[j]}"]
+            sizes[i, j] = layer.delta_weight().norm() / layer.base.weight.norm()
     lines = [f"|update| / |W| in %, after {steps} steps (loss {losses[0]:.2f} to {np.mean(losses[-10:]):.2f})"]
     lines.append("layer" + "".join(f"{name.removeprefix('attention.'):>20}" for name in MATRICES))
     lines += [f"{i:>5}" + "".join(f"{100 * size:>20.2f}" for size in row) for i, row in enumerate(sizes)]
@@ -55,11 +45,11 @@ def lesson(task: Task, steps: int = 100) -> Lesson:
         axes.grid(visible=False)
         axes.set_xticks(range(len(MATRICES)), [name.replace("attention.", "att.") for name in MATRICES])
         axes.tick_params(axis="x", rotation=35, labelsize=8)
-        axes.set_yticks(range(number))
+        axes.set_yticks(range(len(sizes)))
         for (i, j), size in np.ndenumerate(sizes):
-            dark = size > 0.6 * sizes.max()
-            axes.text(j, i, f"{100 * size:.1f}", ha="center", va="center", fontsize=8, color="k" if dark else "w")
-        axes.set(ylabel="layer (0 is next to the text)", title="Size of the trained update")
+            colour = "black" if size > 0.6 * sizes.max() else "white"
+            axes.text(j, i, f"{100 * size:.1f}", ha="center", va="center", fontsize=8, color=colour)
+        axes.set(ylabel="layer (0 is next to the embeddings)", title="Size of the trained update")
 
     return Lesson(lines, [draw], {"sizes": sizes, "losses": losses})
 

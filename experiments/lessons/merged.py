@@ -1,45 +1,39 @@
-"""Are merged and unmerged logits the same? In fp32, bf16 and fp16, each against float64.
+"""Are merged and unmerged logits the same? In fp32, bf16 and fp16, each compared with float64.
 
     python -m experiments.lessons.merged
 
-x (W + s B A)^T and x W^T + s x A^T B^T are one function; in floating point they round in different places.
+x (W + s B A)^T and x W^T + s x A^T B^T are the same function; in floating point they round at different places.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
-from typing import TYPE_CHECKING
 
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor, nn
 
-from experiments.lessons.common import Lesson, Task, fit, run_lesson
+from experiments.lessons.common import Lesson, Task, fit, relative_error, run_lesson
 from lora.config import LoRAConfig
 from lora.inject import merge_lora
 from training.plots import PALETTE
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FORMS = ("unmerged", "merged in fp32, then rounded", "rounded, then merged")
 
 
 def forms(model: nn.Module, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The trained model with weights in `dtype`, in three forms."""
-    unmerged, merged_first, merged_last = (copy.deepcopy(model) for _ in range(3))
-    merge_lora(merged_first)  # W + s B A rounded once, from float32
-    merge_lora(merged_last.to(dtype))  # the sum is made in the short format itself
-    return {
-        "unmerged": unmerged.to(dtype),
-        "merged in fp32, then rounded": merged_first.to(dtype),
-        "rounded, then merged": merged_last,
-    }
+    """The trained model with weights in `dtype`, by the names in FORMS."""
+    unmerged, merged_first, rounded_first = (copy.deepcopy(model) for _ in FORMS)
+    merge_lora(merged_first)  # W + s B A in float32, then rounded once
+    merge_lora(rounded_first.to(dtype))  # W + s B A in `dtype`
+    return dict(zip(FORMS, (unmerged.to(dtype), merged_first.to(dtype), rounded_first), strict=True))
 
 
 @torch.no_grad()
 def lesson(task: Task, steps: int = 40, number: int = 5) -> Lesson:
-    """Error of the logits: root mean square over that of the logits in float64, on `number` batches."""
+    """Relative error of the logits on `number` batches, against the unmerged model in float64."""
     model = task.adapted(LoRAConfig(rank=6, alpha=14))
     with torch.enable_grad():
         fit(model, task.batches(steps))
@@ -49,23 +43,20 @@ def lesson(task: Task, steps: int = 40, number: int = 5) -> Lesson:
         return torch.cat([of(batch.input_ids, batch.attention_mask).double() for batch in batches])
 
     exact = copy.deepcopy(model).double()
-    truth = logits(exact)
+    reference = logits(exact)
     merge_lora(exact)
-    exactly = ((logits(exact) - truth).norm() / truth.norm()).item()
-    found = {"float64": exactly}
-    lines = [f"float64: merged and unmerged differ by {exactly:.0e} of the logits", ""]
+    found: dict[str | tuple[str, str], float] = {"float64": relative_error(logits(exact), reference)}
+    lines = [f"float64: merged and unmerged logits differ by a relative {found['float64']:.0e}", ""]
     lines.append("format   form                           error of the logits   other class than float64")
     for name, dtype in FORMATS.items():
-        for form, one in forms(model, dtype).items():
-            values = logits(one)
-            error = ((values - truth).norm() / truth.norm()).item()
-            other = int((values.argmax(1) != truth.argmax(1)).sum())
-            found[name, form] = error
-            lines.append(f"{name:<8} {form:<30} {error:>19.1e}   {other:>8} of {len(truth)}")
+        for form, variant in forms(model, dtype).items():
+            values = logits(variant)
+            found[name, form] = error = relative_error(values, reference)
+            other = int((values.argmax(1) != reference.argmax(1)).sum())
+            lines.append(f"{name:<8} {form:<30} {error:>19.1e}   {other:>8} of {len(reference)}")
 
     def draw(axes: Axes) -> None:
-        kinds = list(dict.fromkeys(form for key in found if key != "float64" for form in key[1:]))
-        for i, form in enumerate(kinds):
+        for i, form in enumerate(FORMS):
             heights = [found[name, form] for name in FORMATS]
             axes.bar([j + 0.27 * (i - 1) for j in range(3)], heights, width=0.25, color=PALETTE[i], label=form)
         axes.set_xticks(range(3), FORMATS)

@@ -1,76 +1,74 @@
-"""Why does B start at zero, and A not? The four ways to begin.
+"""Why does B start at zero, and A not? The four possible initializations.
 
     python -m experiments.lessons.zero_start
 
-dL/dA = s B^T G^T X and dL/dB = s G^T X A^T: each gradient holds the other matrix as a factor.
+dL/dA = s B^T G^T X and dL/dB = s G^T X A^T: each gradient has the other matrix as a factor.
 Source: Hu et al. 2021, section 4.1; docs/walkthrough.md, section 8.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 import sys
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from matplotlib.axes import Axes
+from torch import Tensor, nn
 
-from experiments.lessons.common import Lesson, Task, draw_losses, fit, run_lesson
+from data.batching import Batch
+from experiments.lessons.common import Lesson, Task, draw_losses, fit, relative_error, run_lesson
 from lora.config import LoRAConfig
 from lora.inject import adapters
 from training.plots import PALETTE
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
+# name: whether A is random, whether B is
 STARTS = {
-    "A random, B zero": ("random", "zero"),
-    "A zero, B random": ("zero", "random"),
-    "both random": ("random", "random"),
-    "both zero": ("zero", "zero"),
+    "A random, B zero": (True, False),
+    "A zero, B random": (False, True),
+    "both random": (True, True),
+    "both zero": (False, False),
 }
 
 
-def start(model: nn.Module, start_of_A: str, start_of_B: str) -> None:
-    """Fill all A and B: "random" is the Kaiming-uniform draw of `LoRALinear.reset_parameters`, for B too."""
+def start(model: nn.Module, random_A: bool, random_B: bool) -> None:
+    """Initialize all A and B: Kaiming-uniform, as `LoRALinear.reset_parameters` draws A, or zero."""
     for layer in adapters(model).values():
-        for matrix, how in ((layer.lora_A, start_of_A), (layer.lora_B, start_of_B)):
-            if how == "random":
+        for matrix, random in ((layer.lora_A, random_A), (layer.lora_B, random_B)):
+            if random:
                 nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
             else:
                 nn.init.zeros_(matrix)
 
 
-def gradient_norms(model: nn.Module) -> tuple[float, float]:
-    """The norms of the gradients of all A together and of all B together."""
+def probe(model: nn.Module, batch: Batch) -> tuple[Tensor, tuple[float, float]]:
+    """Logits, and the norms |dL/dA| and |dL/dB| over all layers. Leaves no .grad behind."""
+    logits = model(batch.input_ids, batch.attention_mask)
+    F.cross_entropy(logits, batch.labels).backward()
     layers = adapters(model).values()
-    norms = [[getattr(layer, name).grad.norm() for layer in layers] for name in ("lora_A", "lora_B")]
-    return tuple(torch.stack(each).norm().item() for each in norms)
+    norm_A, norm_B = (
+        torch.stack([matrix.grad.norm() for matrix in matrices]).norm().item()
+        for matrices in ([layer.lora_A for layer in layers], [layer.lora_B for layer in layers])
+    )
+    model.zero_grad(set_to_none=True)
+    return logits.detach(), (norm_A, norm_B)
 
 
 def lesson(task: Task, steps: int = 40) -> Lesson:
-    """Train from each of the four starts; gradients of A and B before the first step and after the last."""
-    batches = task.batches(steps + 1)
-    probe, batches = batches[-1], batches[:-1]
-    losses, found = {}, {}
+    """Train from each initialization. Gradients of A and B before the first step and after the last."""
+    *batches, held_out = task.batches(steps + 1)
     with torch.no_grad():
-        pretrained = task.model.eval()(probe.input_ids, probe.attention_mask)
-    for name, ways in STARTS.items():
+        pretrained = task.model.eval()(held_out.input_ids, held_out.attention_mask)
+    losses, found = {}, {}
+    for name, random in STARTS.items():
         model = task.adapted(LoRAConfig(rank=6, alpha=14))
-        start(model, *ways)
-        norms = []
-        for trained in (False, True):
-            if trained:
-                losses[name] = fit(model, batches)
-            logits = model(probe.input_ids, probe.attention_mask)
-            if not trained:
-                moved = ((logits - pretrained).norm() / pretrained.norm()).item()
-            F.cross_entropy(logits, probe.labels).backward()
-            norms.append(gradient_norms(model))
-            model.zero_grad(set_to_none=True)
-        tail = losses[name][-10:]
-        found[name] = {"moved": moved, "first": norms[0], "last": norms[1], "loss": sum(tail) / len(tail)}
+        start(model, *random)
+        logits, first = probe(model, held_out)
+        losses[name] = fit(model, batches)
+        _, last = probe(model, held_out)
+        loss = statistics.fmean(losses[name][-10:])
+        found[name] = {"moved": relative_error(logits, pretrained), "first": first, "last": last, "loss": loss}
 
     lines = [
         f"{'start':<18} {'logits moved':>12}   {'|dL/dA|, |dL/dB| first':>22}   {'and at the end':>19}   last loss"
@@ -79,22 +77,20 @@ def lesson(task: Task, steps: int = 40) -> Lesson:
         first, last = (f"{a:9.1e} {b:9.1e}" for a, b in (row["first"], row["last"]))
         lines.append(f"{name:<18} {row['moved']:>12.0%}   {first:>22}   {last:>19}   {row['loss']:>9.3f}")
 
-    def bars(axes: Axes) -> None:
-        for i, row in enumerate(found.values()):
-            axes.bar([i - 0.2, i + 0.2], row["first"], width=0.36, color=[PALETTE[0], PALETTE[1]])
-            for place, norm in zip((i - 0.2, i + 0.2), row["first"], strict=True):
-                if norm == 0:
-                    axes.text(place, 0, "0", ha="center", va="bottom")
-        axes.bar([0], [0], color=PALETTE[0], label="|dL/dA|")
-        axes.bar([0], [0], color=PALETTE[1], label="|dL/dB|")
+    def draw_gradients(axes: Axes) -> None:
+        for k, label in enumerate(("|dL/dA|", "|dL/dB|")):
+            norms = [row["first"][k] for row in found.values()]
+            at = [i - 0.2 + 0.4 * k for i in range(len(norms))]
+            bars = axes.bar(at, norms, width=0.36, color=PALETTE[k], label=label)
+            axes.bar_label(bars, ["" if norm else "0" for norm in norms])
         axes.set_xticks(range(len(found)), [name.replace(", ", ",\n") for name in found], fontsize=8)
         axes.set(title="Gradients before the first step", ylabel="norm over all layers")
 
-    def curves(axes: Axes) -> None:
+    def draw_curves(axes: Axes) -> None:
         draw_losses(axes, losses)
         axes.set_title("Training, the head included")
 
-    return Lesson(lines, [curves, bars], found)
+    return Lesson(lines, [draw_curves, draw_gradients], found)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Each lesson at a tiny size: it draws its plot, and what it teaches holds."""
+"""Each lesson on a tiny model: it draws its plot, and its claim holds."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from roberta.model import RobertaForSequenceClassification
 
 
 def texts(rows: int, seed: int) -> EncodedSplit:
-    """Random texts of 3 to 12 tokens whose class is their second token modulo 2."""
+    """Random texts of 3 to 12 tokens. The class is the second token modulo 2."""
     random = np.random.default_rng(seed)
     lengths = random.integers(3, 13, rows)
     offsets = np.concatenate([[0], lengths.cumsum()])
@@ -42,7 +42,7 @@ def task():
 
 @pytest.fixture
 def drawn(tmp_path):
-    """Call with a lesson: writes and checks its plot, and returns what it found."""
+    """A function of a lesson that writes its plot, checks the file and returns the numbers."""
 
     def draw(lesson):
         assert lesson.lines
@@ -61,7 +61,7 @@ def test_both_zero_learns_nothing_and_b_zero_starts_at_the_pretrained_model(task
     of_A, of_B = found["A zero, B random"]["first"]
     assert of_A > 0 and of_B == 0
     assert min(found["A random, B zero"]["last"]) > 0
-    moved = [found[name]["moved"] > 1e-5 for name in zero_start.STARTS]  # below lies rounding
+    moved = [found[name]["moved"] > 1e-5 for name in zero_start.STARTS]  # smaller ones are rounding
     assert moved == [False, False, True, False]
 
 
@@ -77,7 +77,7 @@ def test_an_update_of_rank_r_has_r_singular_values(task, drawn):
     for rank in (2, 5):
         values = spectra[f"rank {rank}"]
         assert values[rank - 1] > 1e-5 > 10 * values[rank]
-    assert spectra["all weights free"][5] > 1e-4  # nothing holds this one down
+    assert spectra["all weights free"][5] > 1e-4  # no limit on the rank here
 
 
 def test_every_matrix_of_every_layer_is_measured(task, drawn):
