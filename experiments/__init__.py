@@ -1,1 +1,1 @@
-"""Configurations (TOML), and what runs, tabulates and overlays them."""
+"""Configurations (TOML), and the commands that run, tabulate and plot them."""

@@ -1,9 +1,9 @@
-"""The same table on a Ray cluster: one task for each run, wherever Ray finds a place for it.
+"""The same table on a Ray cluster, with one task per run.
 
     python -m experiments.ray_table experiments/agnews --seeds 3 --output /shared/table --gpus 1
 
-Every task calls `experiments.table` with one part of the runs; at the end the same command, finding all of them
-finished, writes the results. The project and the output folder must be at the same path on every node.
+Each task calls `experiments.table` with one shard of the runs. At the end the same command without a shard finds all
+of them finished and writes the results. The project and the output folder must be at the same path on every node.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Arguments:
-    """Run a table on the Ray cluster that this machine belongs to, or on this machine alone."""
+    """Run a table on the Ray cluster of this machine, or on this machine alone."""
 
     paths: tyro.conf.Positional[tuple[Path, ...]]
-    """TOML files, or folders whose *.toml are meant."""
+    """TOML files, or folders of TOML files."""
     output: Path = Path("runs/table")
-    """Folder of the table, the same on every node."""
+    """Folder of the table, at the same path on every node."""
     seeds: int = 1
     """Runs of each configuration."""
     set: tuple[str, ...] = ()
     """Fields to set in every configuration: field=value."""
     gpus: float = 0
-    """GPUs of one run."""
+    """GPUs per run."""
     cpus: float = 1
-    """Cores of one run."""
+    """Cores per run."""
 
 
 def main(arguments: Arguments) -> int:
-    """Run every part as a Ray task, then write the results. Returns the exit code: 1 if a run failed."""
+    """Run each shard as a Ray task, then write the results. Returns the exit code: 1 if a run failed."""
     try:
         import ray
     except ImportError:
@@ -54,15 +54,15 @@ def main(arguments: Arguments) -> int:
         command += ["--set", *arguments.set]
 
     @ray.remote(num_cpus=arguments.cpus, num_gpus=arguments.gpus, max_retries=3)
-    def part(i: int) -> int:
-        # Ray gives the task its GPU by CUDA_VISIBLE_DEVICES, which the table leaves alone when there is one place.
+    def run_shard(i: int) -> int:
+        # Ray sets CUDA_VISIBLE_DEVICES for the task. The table does not change it when it sees a single GPU.
         return subprocess.run([*command, "--shard", f"{i}/{number}"], cwd=_ROOT, check=False).returncode
 
     ray.init(ignore_reinit_error=True, log_to_driver=False)
-    waiting = [part.remote(i) for i in range(1, number + 1)]
-    while waiting:
-        done, waiting = ray.wait(waiting)
-        say(f"[{number - len(waiting)}/{number}] {'finished' if ray.get(done[0]) == 0 else 'FAILED'}")
+    pending = [run_shard.remote(i) for i in range(1, number + 1)]
+    while pending:
+        done, pending = ray.wait(pending)
+        say(f"[{number - len(pending)}/{number}] {'finished' if ray.get(done[0]) == 0 else 'FAILED'}")
     ray.shutdown()
     return subprocess.run(command, cwd=_ROOT, check=False).returncode
 

@@ -1,4 +1,4 @@
-"""Write report.html of runs again, from the files of their folders; also of runs that were cut off.
+"""Rewrite the plots and report.html of runs from the files in their folders, also of interrupted runs.
 
 python -m experiments.report runs/quickstart
 """
@@ -21,14 +21,14 @@ from training.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Arguments:
-    """Write plots and report.html of run folders again."""
+    """Rewrite the plots and report.html of run folders."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders."""
 
 
 def main(arguments: Arguments) -> int:
-    """Write both for every run folder. Returns the exit code. Raises ConfigError for what is no run folder."""
+    """Write both into each run folder. Returns the exit code. Raises ConfigError for what is not a run folder."""
     if not arguments.runs:
         raise ConfigError("name at least one run folder")
     for path in arguments.runs:

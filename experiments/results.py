@@ -1,16 +1,17 @@
-"""Finished runs to one table: a row a configuration, averaged over its seeds; as CSV, Markdown and a page."""
+"""Finished runs as one table with one row per configuration, averaged over seeds; as CSV, Markdown and HTML."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from markupsafe import Markup
@@ -33,7 +34,7 @@ class Row:
     alpha: float
     targets: str
     seeds: str
-    """Finished runs of all."""
+    """Finished runs of all runs."""
     trainable: int | None = None
     within_budget: bool | None = None
     accuracy: float | None = None
@@ -45,62 +46,67 @@ class Row:
     epochs: float | None = None
     seconds: float | None = None
     texts_per_second: float | None = None
-    """Texts classified a second, on the test split."""
+    """Texts of the test split classified per second."""
     speed: float | None = None
-    """The same, relative to the slowest configuration of the table."""
+    """texts_per_second relative to the slowest configuration of the table."""
     folder: Path | None = None
     """Run folder of the first finished seed."""
 
 
 def collect(planned: Sequence[Planned], runs: Path, limit: int) -> list[Row]:
-    """The rows of a table, in the order of the plan. A run without a complete report is left out of the averages."""
+    """The rows of the table, in the order of the plan. Averages are over the finished runs."""
     by_name: dict[str, list[Planned]] = {}
     for run in planned:
         by_name.setdefault(run.name, []).append(run)
-    rows = [_row(name, group, runs, limit) for name, group in by_name.items()]
-    speeds = [row.texts_per_second for row in rows if row.texts_per_second]
+    rows = [_row(group, runs, limit) for group in by_name.values()]
+    slowest = min((row.texts_per_second for row in rows if row.texts_per_second), default=None)
     return [
-        Row(**{**vars(row), "speed": row.texts_per_second / min(speeds)}) if row.texts_per_second else row
-        for row in rows
+        dataclasses.replace(row, speed=row.texts_per_second / slowest) if row.texts_per_second else row for row in rows
     ]
 
 
-def _row(name: str, group: list[Planned], runs: Path, limit: int) -> Row:
+def _row(group: list[Planned], runs: Path, limit: int) -> Row:
     config = group[0].config
     targets = config.lora.target_modules
-    reports: list[tuple[Path, dict[str, Any]]] = []
-    for run in group:
-        folder = RunFolder(runs / run.folder)
-        try:
-            report = json.loads(folder.report.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            continue
-        if report["complete"]:
-            reports.append((folder.path, report))
-    row: dict[str, Any] = {
-        "name": name,
-        "model": config.model.checkpoint,
-        "rank": config.lora.rank,
-        "alpha": config.lora.alpha,
-        "targets": targets if isinstance(targets, str) else " ".join(targets),
-        "seeds": f"{len(reports)} of {len(group)}",
-    }
-    if reports:
-        row["folder"] = reports[0][0]
-        row["trainable"] = reports[0][1]["trainable_parameters"]
-        row["within_budget"] = row["trainable"] <= limit
-        for score in ("accuracy", "precision", "recall", "f1"):
-            row[score] = 100 * statistics.mean(report["test"][score] for _, report in reports)
-        if len(reports) > 1:
-            row["accuracy_spread"] = 100 * statistics.stdev(report["test"]["accuracy"] for _, report in reports)
-        row["epochs"] = statistics.mean(report["epochs_run"] for _, report in reports)
-        row["seconds"] = statistics.mean(report["seconds"] for _, report in reports)
-        row["texts_per_second"] = statistics.mean(report["test_texts_per_second"] for _, report in reports)
-    return Row(**row)
+    folders = [RunFolder(runs / run.folder) for run in group]
+    finished = [folder for folder in folders if folder.is_complete()]
+    row = Row(
+        name=group[0].name,
+        model=config.model.checkpoint,
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        targets=targets if isinstance(targets, str) else " ".join(targets),
+        seeds=f"{len(finished)} of {len(group)}",
+    )
+    if not finished:
+        return row
+    reports = [json.loads(folder.report.read_text(encoding="utf-8")) for folder in finished]
+
+    def mean(key: str) -> float:
+        return statistics.mean(report[key] for report in reports)
+
+    def score(name: str) -> float:
+        return 100 * statistics.mean(report["test"][name] for report in reports)
+
+    accuracies = [report["test"]["accuracy"] for report in reports]
+    return dataclasses.replace(
+        row,
+        trainable=reports[0]["trainable_parameters"],
+        within_budget=reports[0]["trainable_parameters"] <= limit,
+        accuracy=score("accuracy"),
+        accuracy_spread=100 * statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        precision=score("precision"),
+        recall=score("recall"),
+        f1=score("f1"),
+        epochs=mean("epochs_run"),
+        seconds=mean("seconds"),
+        texts_per_second=mean("test_texts_per_second"),
+        folder=finished[0].path,
+    )
 
 
 def _cells(row: Row) -> dict[str, str]:
-    """A row as it is shown, by heading."""
+    """A row as shown, by column heading."""
 
     def number(value: float | None, form: str = ".2f") -> str:
         return "" if value is None else format(value, form)
@@ -127,20 +133,19 @@ def _cells(row: Row) -> dict[str, str]:
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """The table for a terminal."""
+    """The table for a terminal, without its widest columns."""
     cells = [_cells(row) for row in rows]
-    # What is the same in every row, and what is long, is left to the files.
     shown = [name for name in cells[0] if name not in ("model", "targets", "precision (%)", "recall (%)", "seconds")]
-    widths = {name: max(len(name), *(len(row[name]) for row in cells)) for name in shown}
-    lines = ["  ".join(f"{name:<{widths[name]}}" for name in shown)]
-    lines += ["  ".join(f"{row[name]:<{widths[name]}}" for name in shown) for row in cells]
+    table = [shown, *([row[name] for name in shown] for row in cells)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ("  ".join(map(str.ljust, line, widths)) for line in table)
     return "\n".join(line.rstrip() for line in lines)
 
 
 def write_results(
     rows: Sequence[Row], folder: Path, overrides: Sequence[str], failed: Sequence[tuple[str, str]]
 ) -> None:
-    """Write results.csv, results.md, results.html and plots/ into `folder`, each file whole or not at all."""
+    """Write results.csv, results.md, results.html and plots/ into `folder`; tables and page atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     file = io.StringIO()
     fields = [name for name in vars(rows[0]) if name != "folder"]
@@ -151,22 +156,19 @@ def write_results(
 
     cells = [_cells(row) for row in rows]
     lines = [f"| {' | '.join(cells[0])} |", f"|{'|'.join(' --- ' for _ in cells[0])}|"]
-    lines += [f"| {' | '.join(value.replace('|', chr(92) + '|') for value in row.values())} |" for row in cells]
+    lines += ["| " + " | ".join(value.replace("|", r"\|") for value in row.values()) + " |" for row in cells]
     if overrides:
         lines += ["", f"Set in every row: {', '.join(f'`{one}`' for one in overrides)}. Names are those of the files."]
     lines += ["", "accuracy: mean ± standard deviation over the seeds; speed: texts/s relative to the slowest row."]
     lines += [f"\n{name} failed: {why}" for name, why in failed]
     write_whole(folder / "results.md", "\n".join(lines) + "\n")
 
-    runs = [read_curves(RunFolder(row.folder)) for row in rows if row.folder]
-    runs = [run for run in runs if run.steps and run.validations]
+    curves = [read_curves(RunFolder(row.folder)) for row in rows if row.folder]
+    curves = [run for run in curves if run.steps and run.validations]
     (folder / "plots").mkdir(exist_ok=True)
     plots = []
-    for metric in _CURVES if runs else ():
-
-        def draw(axes: Any, metric: str = metric) -> None:
-            draw_metric(axes, runs, metric)
-
+    for metric in _CURVES if curves else ():
+        draw = partial(draw_metric, runs=curves, metric=metric)
         save_png(draw, folder / "plots" / f"{metric}.png", (7, 4.4))
         plots.append(Markup(to_svg(draw, (5.6, 3.6), metric)))
     write_page(
@@ -185,5 +187,5 @@ def write_results(
 
 
 def _link(row: Row, folder: Path) -> str | None:
-    """Where the report of a row's first seed lies, as seen from the table's folder."""
+    """Path of the report of the first finished seed, relative to the table's folder."""
     return None if row.folder is None else f"{quote(os.path.relpath(row.folder, folder))}/report.html"

@@ -1,9 +1,9 @@
-"""Run a set of configurations, each in a process of its own, and put them into one table.
+"""Run a set of configurations, each in its own process, and collect the results in one table.
 
     python -m experiments.table experiments/agnews --seeds 3 --jobs 2 --set train.epochs=2
 
-What is finished is skipped, what was cut off goes on from its last checkpoint, what fails is listed at the end. The
-folder of the table holds configs/ (what was run), logs/, runs/ (a run folder each) and results.csv, .md and .html.
+Finished runs are skipped, interrupted runs resume from their last checkpoint, failed runs are listed at the end. The
+folder of the table contains configs/ (what was run), logs/, runs/ (one run folder each) and results.csv, .md and .html.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import tyro
 
 from data.sources import LABELS_OF_NAMED_SOURCES
@@ -36,28 +37,28 @@ _TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 @dataclass(frozen=True)
 class Arguments:
-    """Run configurations and put them into one table."""
+    """Run configurations and collect the results in one table."""
 
     paths: tyro.conf.Positional[tuple[Path, ...]]
-    """TOML files, or folders whose *.toml are meant."""
+    """TOML files, or folders of TOML files."""
     output: Path = Path("runs/table")
     """Folder of the table."""
     seeds: int = 1
-    """Runs of each configuration: with its own seed, that plus 1, and so on."""
+    """Runs of each configuration, with consecutive seeds from the configuration's own."""
     jobs: int | None = None
-    """Runs at a time; one for each GPU, or one on a CPU, unless given."""
+    """Concurrent runs; by default one per GPU, or one on a CPU."""
     set: tuple[str, ...] = ()
     """Fields to set in every configuration: field=value."""
     limit: int = 1_000_000
     """Trainable parameters up to which a configuration counts as within budget."""
     shard: str | None = None
-    """Run only part I of N, written I/N from 1 on: for the array jobs of a cluster."""
+    """Run only shard I of N, written I/N with I from 1: for the array jobs of a cluster."""
     plan: bool = False
     """Only show the configurations and their trainable parameters."""
 
 
 def make_table(arguments: Arguments) -> int:
-    """Run what is to be run and write the results. Returns the exit code: 1 if a run failed."""
+    """Run what is not finished and write the results. Returns the exit code: 1 if a run failed."""
     if arguments.seeds < 1 or (arguments.jobs is not None and arguments.jobs < 1):
         raise ConfigError("--seeds and --jobs must be 1 or more")
     overrides = dict(map(parse_override, arguments.set))
@@ -69,19 +70,19 @@ def make_table(arguments: Arguments) -> int:
         return 0
     for run in planned:
         _check_same_grid(arguments.output, run)
-    chosen = _part(planned, arguments.shard)
-    waiting = [run for run in chosen if not _finished(arguments.output, run)]
-    say(f"{len(planned)} runs, {len(chosen)} of them here, {len(chosen) - len(waiting)} of these finished before")
+    shard = _shard(planned, arguments.shard)
+    pending = [run for run in shard if not _run_folder(arguments.output, run).is_complete()]
+    say(f"{len(planned)} runs, {len(shard)} of them in this shard, {len(shard) - len(pending)} already finished")
 
     failed: dict[str, str] = {}
     interrupted = False
     try:
-        _run_all(waiting, arguments, failed)
+        _run_all(pending, arguments, failed)
     except KeyboardInterrupt:
         interrupted = True
-        say("interrupted; the same command goes on from here")
+        say("interrupted; run the same command again to resume")
     rows = collect(planned, arguments.output / "runs", arguments.limit)
-    causes: dict[str, list[str]] = {}  # often one: no hub, no such file
+    causes: dict[str, list[str]] = {}  # often the same for all: no network, no such file
     for name, why in failed.items():
         causes.setdefault(why, []).append(name)
     failures = [(", ".join(names), why) for why, names in causes.items()]
@@ -92,30 +93,31 @@ def make_table(arguments: Arguments) -> int:
     return EXIT_INTERRUPTED if interrupted else int(bool(failed))
 
 
-def _run_all(waiting: list[Planned], arguments: Arguments, failed: dict[str, str]) -> None:
-    """Start runs as places become free, until none is left; fills `failed` by name of the run folder."""
-    gpus = _gpus()
-    places = list(range(arguments.jobs or max(1, gpus)))
-    total, started = len(waiting), time.perf_counter()
+def _run_all(pending: list[Planned], arguments: Arguments, failed: dict[str, str]) -> None:
+    """Run all, --jobs at a time. Fills `failed`: name of the run folder -> exit code and last line of its log."""
+    output = arguments.output
+    slots = arguments.jobs or max(1, torch.cuda.device_count())
+    total, started = len(pending), time.perf_counter()
+    queue = list(pending)
     running: dict[int, tuple[Planned, subprocess.Popen[bytes], float]] = {}
-    queue = list(waiting)
     try:
         while queue or running:
-            for place in places:
-                if queue and place not in running:
+            for slot in range(slots):
+                if queue and slot not in running:
                     run = queue.pop(0)
-                    running[place] = run, _start(run, arguments.output, place, len(places), gpus), time.perf_counter()
+                    running[slot] = run, _start(run, output, slot, slots), time.perf_counter()
             time.sleep(0.2)
-            for place, (run, process, since) in list(running.items()):
+            for slot, (run, process, since) in list(running.items()):
                 if process.poll() is None:
                     continue
-                del running[place]
-                log = arguments.output / "logs" / f"{run.folder}.log"
-                if process.returncode == 0 and _finished(arguments.output, run):
-                    report = json.loads(RunFolder(arguments.output / "runs" / run.folder).report.read_text())
+                del running[slot]
+                folder = _run_folder(output, run)
+                if process.returncode == 0 and folder.is_complete():
+                    report = json.loads(folder.report.read_text(encoding="utf-8"))
                     outcome = f"{100 * report['test']['accuracy']:.2f} %"
                 else:
-                    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
+                    log = _log(output, run).read_text(encoding="utf-8", errors="replace")
+                    lines = log.strip().splitlines() or ["no output"]
                     failed[run.folder] = f"exit code {process.returncode}: {lines[-1]}"
                     outcome = "FAILED"
                 done = total - len(queue) - len(running)
@@ -131,67 +133,60 @@ def _run_all(waiting: list[Planned], arguments: Arguments, failed: dict[str, str
             process.wait()
 
 
-def _start(run: Planned, output: Path, place: int, places: int, gpus: int) -> subprocess.Popen[bytes]:
-    """One run in a process of its own: on its own GPU, or with its share of the cores."""
-    folder = output / "runs" / run.folder
-    config = dataclasses.replace(run.config, output=str(folder), overwrite=False, resume=True)
-    for part in ("configs", "logs", "runs"):
-        (output / part).mkdir(parents=True, exist_ok=True)
+def _start(run: Planned, output: Path, slot: int, slots: int) -> subprocess.Popen[bytes]:
+    """Start a run in its own process, with one of the GPUs or a share of the cores."""
+    config = dataclasses.replace(run.config, output=str(_run_folder(output, run).path), overwrite=False, resume=True)
+    for folder in ("configs", "logs", "runs"):
+        (output / folder).mkdir(parents=True, exist_ok=True)
     path = output / "configs" / f"{run.folder}.toml"
     write_config(config, path)
     environment = dict(os.environ)
-    if gpus > 1:  # a single one is what the process sees anyway
-        environment["CUDA_VISIBLE_DEVICES"] = _visible_gpus(gpus)[place % gpus]
-    elif not gpus and "OMP_NUM_THREADS" not in environment:
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // places))
-    with (output / "logs" / f"{run.folder}.log").open("wb") as log:
+    gpus = torch.cuda.device_count()
+    if gpus > 1:  # a single GPU is visible to the process anyway
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else list(map(str, range(gpus)))
+        environment["CUDA_VISIBLE_DEVICES"] = names[slot % gpus]
+    elif not gpus:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // slots)))
+    with _log(output, run).open("wb") as log:
         return subprocess.Popen(
             [sys.executable, str(_TRAIN), str(path)], stdout=log, stderr=subprocess.STDOUT, env=environment
         )
 
 
-def _visible_gpus(gpus: int) -> list[str]:
-    """Names of the GPUs that this process may use."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",") if visible else list(map(str, range(gpus)))
+def _run_folder(output: Path, run: Planned) -> RunFolder:
+    return RunFolder(output / "runs" / run.folder)
 
 
-def _gpus() -> int:
-    import torch  # takes a second to import
-
-    return torch.cuda.device_count()
-
-
-def _finished(output: Path, run: Planned) -> bool:
-    """Whether the run folder holds a complete report."""
-    return RunFolder(output / "runs" / run.folder).is_complete()
+def _log(output: Path, run: Planned) -> Path:
+    return output / "logs" / f"{run.folder}.log"
 
 
 def _check_same_grid(output: Path, run: Planned) -> None:
-    """Raise ConfigError if the folder holds a run of this name with other settings."""
-    folder = RunFolder(output / "runs" / run.folder)
+    """Raise ConfigError if the table's folder has a run of this name with other settings."""
+    folder = _run_folder(output, run)
     if not folder.config.is_file():
         return
     for field, (there, wanted) in changed_settings(read_config(folder.config), run.config).items():
         if field not in ("output", "overwrite", "resume"):
             raise ConfigError(
-                f"{output}: holds results of another grid: {run.folder} has {field} = {there!r}, not {wanted!r}; "
+                f"{output}: contains results of another grid: {run.folder} has {field} = {there!r}, not {wanted!r}; "
                 "choose another --output"
             )
 
 
-def _part(planned: list[Planned], shard: str | None) -> list[Planned]:
-    """The runs of part I of N: every N-th, so that parts are equally long. Raises ConfigError."""
+def _shard(planned: list[Planned], shard: str | None) -> list[Planned]:
+    """Shard I of N: every N-th run, so that shards take about equally long. Raises ConfigError."""
     if shard is None:
         return planned
-    part, slash, parts = shard.partition("/")
-    if not (slash and part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+    i, slash, number = shard.partition("/")
+    if not (slash and i.isdigit() and number.isdigit() and 1 <= int(i) <= int(number)):
         raise ConfigError(f"--shard {shard}: write it as I/N with I from 1 to N, for example 1/8")
-    return planned[int(part) - 1 :: int(parts)]
+    return planned[int(i) - 1 :: int(number)]
 
 
 def _plan_table(planned: list[Planned], limit: int) -> str:
-    """Configurations with their trainable parameters, computed without reading weights or data."""
+    """Configurations with their trainable parameters, counted without reading weights or data."""
     configs = {run.name: run.config for run in planned}
     width = max(map(len, configs))
     lines = [f"{'configuration':<{width}}  {'trainable':>11}  within {limit:,}"]
@@ -203,7 +198,7 @@ def _plan_table(planned: list[Planned], limit: int) -> str:
 
 
 def _trainable(config: RunConfig) -> int | None:
-    """Trainable parameters, where model and number of classes are known by name."""
+    """Trainable parameters; None unless checkpoint and data set are known by name."""
     shape, labels = SHAPES.get(config.model.checkpoint), LABELS_OF_NAMED_SOURCES.get(config.data.source)
     if shape is None or labels is None:
         return None

@@ -1,4 +1,4 @@
-"""The committed configurations: what the published experiment says of them, and what the arithmetic says."""
+"""The committed configurations, compared with the published experiment and with parameter arithmetic."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from experiments.table import Arguments, _trainable, make_table
 FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "agnews"
 QKV, OUT = ("query", "key", "value"), "attention.output.dense"
 
-# Reported rows: model, rank, alpha, targets, accuracy. Trainable parameters by the arithmetic of lora/budget.py.
+# Reported rows: model, rank, alpha, targets, accuracy; and trainable parameters, computed by lora/budget.py.
 ROWS = {
     "base_r4_a32_qkv_intermediate": ("base", 4, 32, (*QKV, "intermediate.dense"), "84.375", 999_172),
     "base_r4_a32_qkv": ("base", 4, 32, QKV, "84.375", 814_852),
@@ -24,7 +24,7 @@ ROWS = {
 }
 
 
-def test_there_are_the_eight_rows():
+def test_all_eight_rows_are_there():
     assert {path.stem for path in FOLDER.glob("*.toml")} == set(ROWS)
 
 
@@ -45,13 +45,13 @@ def test_a_row_is_what_was_reported(name):
     assert f"{accuracy} %" in comment and f"{trainable:,} trainable" in comment
 
 
-def test_the_row_listed_twice_differs_by_its_seeds_alone():
+def test_the_row_listed_twice_differs_only_by_its_seeds():
     name = "large_r8_a16_qkv_attention_output"
     runs = plan([FOLDER / f"{name}.toml", FOLDER / f"{name}_again.toml"], {}, seeds=3)
     assert len({run.config.train.seed for run in runs}) == 6
 
 
-def test_variants_of_large_keep_the_limit_and_say_how_many():
+def test_variants_of_large_are_within_the_limit_and_state_their_count():
     files = sorted((FOLDER / "within_budget").glob("*.toml"))
     assert len(files) == 3
     for path in files:
@@ -61,7 +61,7 @@ def test_variants_of_large_keep_the_limit_and_say_how_many():
         assert trainable <= 1_000_000 and f"{trainable:,} trainable" in path.read_text()
 
 
-def test_the_search_space_is_whole():
+def test_the_search_space_is_complete():
     configs = expand(FOLDER / "search" / "space.toml", {}).values()
     assert len(configs) == 4 * 4 * 3 * 2 * 2 * 2 * 2
     assert {config.lora.rank for config in configs} == {4, 6, 8, 12}
@@ -69,7 +69,7 @@ def test_the_search_space_is_whole():
     assert {config.data.padding for config in configs} == {"longest", "max_length"}
 
 
-def test_the_plan_shows_each_row_and_whether_it_keeps_the_limit(capsys, tmp_path):
+def test_the_plan_shows_each_row_and_whether_it_is_within_the_limit(capsys, tmp_path):
     assert make_table(Arguments((FOLDER,), output=tmp_path / "table", plan=True)) == 0
     shown = capsys.readouterr().out
     for name, (*_, trainable) in ROWS.items():

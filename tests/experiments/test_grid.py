@@ -1,4 +1,4 @@
-"""TOML files to runs: grids, overrides, names, and what is refused."""
+"""From TOML files to runs: grids, overrides, names and errors."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def test_a_file_without_lists_is_one_configuration(tmp_path):
     assert configs[name].lora.target_modules == ("query", "value")
 
 
-def test_lists_are_tried_in_every_combination(tmp_path):
+def test_lists_give_all_combinations(tmp_path):
     path = write(
         tmp_path / "grid.toml",
         "[model]\ncheckpoint = ['minilm', 'a/b']\n"
@@ -44,12 +44,12 @@ def test_overrides_reach_every_file_and_can_be_grids(tmp_path):
     assert {run.config.train.epochs for run in runs} == {2}
 
 
-def test_seeds_count_on_from_the_configuration_s_own(tmp_path):
+def test_seeds_are_consecutive_from_the_configurations_own(tmp_path):
     path = write(tmp_path / "a.toml", "[train]\nseed = 100\n")
     assert [run.config.train.seed for run in plan([path], {}, seeds=3)] == [100, 101, 102]
 
 
-def test_files_in_subfolders_are_not_meant(tmp_path):
+def test_files_in_subfolders_are_left_out(tmp_path):
     write(tmp_path / "a.toml", "")
     (tmp_path / "more").mkdir()
     write(tmp_path / "more" / "b.toml", "")
@@ -66,7 +66,7 @@ def test_files_in_subfolders_are_not_meant(tmp_path):
         ("output=a=b", ("output", "a=b")),
     ],
 )
-def test_overrides_are_read_as_toml_or_else_as_text(text, pair):
+def test_overrides_are_toml_or_text(text, pair):
     assert parse_override(text) == pair
 
 
@@ -95,7 +95,7 @@ def test_an_override_without_field_or_value(text):
         ("rank = = 3\n", "not valid TOML"),
     ],
 )
-def test_grids_that_make_no_sense_are_one_line(tmp_path, content, says):
+def test_errors_in_a_grid_are_one_line(tmp_path, content, says):
     path = write(tmp_path / "bad.toml", content)
     with pytest.raises(ConfigError, match=says) as error:
         plan([path], {}, seeds=2)
@@ -112,9 +112,9 @@ def test_two_files_of_one_name_and_an_empty_folder(tmp_path):
     for folder in ("a", "b", "c"):
         (tmp_path / folder).mkdir()
     write(tmp_path / "a" / "x.toml", ""), write(tmp_path / "b" / "x.toml", "")
-    with pytest.raises(ConfigError, match="a second configuration called x"):
+    with pytest.raises(ConfigError, match="a second configuration named x"):
         plan([tmp_path / "a", tmp_path / "b"], {}, 1)
-    with pytest.raises(ConfigError, match=r"c: holds no \*\.toml"):
+    with pytest.raises(ConfigError, match=r"c: contains no \*\.toml"):
         plan([tmp_path / "c"], {}, 1)
     with pytest.raises(ConfigError, match="no such file"):
         plan([tmp_path / "none.toml"], {}, 1)

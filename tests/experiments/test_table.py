@@ -1,4 +1,4 @@
-"""The table: every configuration run once, finished ones skipped, failures listed, the files right."""
+"""The table: each configuration runs once, finished runs are skipped, failures are listed, the files are right."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def grid(tiny_config):
-    """Two configurations of a run of a second or two."""
+    """Two configurations that run for a second or two."""
     text = tiny_config.read_text().replace("rank = 4", "rank = [2, 4]").replace("epochs = 4", "epochs = 1")
     text = text.replace("seed = 1", "seed = 0")
     path = tiny_config.with_name("grid.toml")
@@ -32,7 +32,7 @@ def run(grid, tmp_path, **options):
     return make_table(Arguments((grid,), output=tmp_path / "table", **options))
 
 
-def test_a_table_is_run_written_and_not_run_again(grid, tmp_path, capsys):
+def test_a_finished_table_is_not_run_again(grid, tmp_path, capsys):
     assert run(grid, tmp_path, seeds=2, jobs=2) == 0
     folder = tmp_path / "table"
     names = ["grid+rank=2-s0", "grid+rank=2-s1", "grid+rank=4-s0", "grid+rank=4-s1"]
@@ -56,10 +56,10 @@ def test_a_table_is_run_written_and_not_run_again(grid, tmp_path, capsys):
     assert len(list((folder / "plots").glob("*.png"))) == 6
 
     before = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/report.json")}
-    (folder / "runs" / names[1] / "report.json").unlink()  # as if it had been cut off
+    (folder / "runs" / names[1] / "report.json").unlink()  # as if interrupted
     capsys.readouterr()
     assert run(grid, tmp_path, seeds=2) == 0
-    assert "3 of these finished before" in capsys.readouterr().out
+    assert "3 already finished" in capsys.readouterr().out
     after = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/report.json")}
     assert {path.parent.name for path in after if before[path] != after[path]} == {names[1]}
 
@@ -85,7 +85,7 @@ def test_results_of_another_grid_are_not_mixed_in(grid, tmp_path):
         run(grid, tmp_path, set=("train.learning_rate=0.5",))
 
 
-def test_parts_make_up_the_whole(grid, tmp_path, capsys):
+def test_shards_cover_all_runs(grid, tmp_path, capsys):
     assert run(grid, tmp_path, seeds=2, shard="2/3") == 0
     assert [path.name for path in (tmp_path / "table" / "runs").iterdir()] == ["grid+rank=2-s1"]
     rows = list(csv.DictReader((tmp_path / "table" / "results.csv").open()))
@@ -93,11 +93,11 @@ def test_parts_make_up_the_whole(grid, tmp_path, capsys):
     assert run(grid, tmp_path, seeds=2, shard="1/3") == 0 and run(grid, tmp_path, seeds=2, shard="3/3") == 0
     capsys.readouterr()
     assert run(grid, tmp_path, seeds=2) == 0
-    assert "4 of these finished before" in capsys.readouterr().out
+    assert "4 already finished" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("shard", ["0/3", "4/3", "1", "a/b", "1/0"])
-def test_parts_that_do_not_exist(grid, tmp_path, shard):
+def test_shards_that_do_not_exist(grid, tmp_path, shard):
     with pytest.raises(ConfigError, match="I/N"):
         run(grid, tmp_path, shard=shard)
 
@@ -106,7 +106,7 @@ def test_parts_that_do_not_exist(grid, tmp_path, shard):
     ("options", "says"),
     [({"seeds": 0}, "--seeds"), ({"jobs": 0}, "--jobs"), ({"set": ("lora.rank=1", "lora.rank=2")}, "set twice")],
 )
-def test_options_that_make_no_sense(grid, tmp_path, options, says):
+def test_invalid_options(grid, tmp_path, options, says):
     with pytest.raises(ConfigError, match=says):
         run(grid, tmp_path, **options)
 
@@ -121,7 +121,7 @@ def test_the_command_line(tiny_config, tmp_path):
     assert bad.returncode == 2 and bad.stderr.startswith("error: --shard x") and bad.stderr.count("\n") == 1
 
 
-def test_curves_of_several_runs_are_laid_over_each_other(grid, tmp_path, capsys):
+def test_curves_of_several_runs_in_one_plot(grid, tmp_path, capsys):
     assert run(grid, tmp_path) == 0
     runs = sorted((tmp_path / "table" / "runs").iterdir())
     RunFolder(runs[0]).report.unlink()
@@ -129,7 +129,7 @@ def test_curves_of_several_runs_are_laid_over_each_other(grid, tmp_path, capsys)
     RunFolder(runs[0]).metrics.write_text("\n".join(line for line in lines if "split" not in line) + "\n")
     capsys.readouterr()
     assert plot(PlotArguments(tuple(runs), tmp_path / "plots")) == 0
-    assert "grid+rank=2-s0: has no validation scores yet" in capsys.readouterr().out
+    assert "grid+rank=2-s0: no validation scores yet" in capsys.readouterr().out
     assert {path.stem for path in (tmp_path / "plots").iterdir()} >= {"loss", "validation_loss", "accuracy", "recall"}
     with pytest.raises(ConfigError, match="not a run folder"):
         plot(PlotArguments((tmp_path,), tmp_path / "plots"))
