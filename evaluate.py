@@ -23,14 +23,14 @@ from typing import Literal
 import torch
 import tyro
 
+from cpu import speed_up
 from data.assets import fetch_checkpoint
 from data.batching import EncodedSplit, encode_split, evaluation_batches
 from data.cleaning import CleaningConfig, make_cleaner
 from data.sources import DataConfig, Split, load_source, read_unlabelled
-from lora.peft_format import adapter_shapes, load_adapter, read_base_model
-from lora.inject import merge_lora, unload_lora
 from lora.files import atomic_write
-from ops.memory import keep_freed_memory
+from lora.inject import merge_lora, unload_lora
+from lora.peft_format import adapter_shapes, load_adapter, read_base_model
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
 from roberta.tokenizer import TextTokenizer
@@ -135,8 +135,9 @@ def load_trained(arguments: Arguments) -> Trained:
     settings = config.train if config else TrainConfig()
     precision = arguments.precision or settings.precision
     compute = choose_compute(dataclasses.replace(settings, device=arguments.device, precision=precision))
-    keep_freed_memory()
     model.to(compute.device).eval()
+    if compute.device.type == "cpu":
+        speed_up(model)
     data = config.data if config else DataConfig()
     max_length = min(data.max_length, model_config.max_length)  # another base may have fewer positions
     tokenizer = TextTokenizer.from_directory(checkpoint.directory, max_length)
@@ -201,7 +202,7 @@ def write_predictions(trained: Trained, arguments: Arguments) -> None:
     data = trained.config.data if trained.config else DataConfig()
     ids, texts = read_unlabelled(source, arguments.text_columns or data.text_columns, arguments.id_column)
     predicted = classify(trained, texts).argmax(dim=1).tolist()
-    with written_whole(out) as part, part.open("w", encoding="utf-8", newline="") as file:
+    with atomic_write(out) as part, part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("ID", "label"))
         labels = predicted if arguments.indices else [trained.label_names[i] for i in predicted]

@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cpu import speed_up
 from data.assets import fetch_checkpoint, sha256_of
 from data.augmentation import augment_texts, check_script
 from data.batching import WIDTH_MULTIPLE, Batch, encode_split, evaluation_batches, training_batches
 from data.sources import Split, load_source
-from lora.peft_format import load_adapter, save_adapter
 from lora.inject import count_parameters, inject_lora
-
+from lora.peft_format import load_adapter, save_adapter
 from roberta.config import RobertaConfig
 from roberta.tokenizer import TextTokenizer
 from roberta.weights import has_head, load_checkpoint
@@ -68,7 +68,7 @@ def train_step(
     `max_grad_norm` = 0 leaves the gradients as they are.
     Of several processes each holds some of the n texts, and all make the same step.
     """
-    texts = sum(len(batch.labels) + batch.elsewhere for batch in batches)
+    texts = sum(len(batch.labels) + batch.num_remote for batch in batches)
     step_loss = torch.zeros((), device=compute.device)
     for batch in batches:
         input_ids = batch.input_ids.to(compute.device, non_blocking=True)
@@ -176,7 +176,6 @@ def train(config: RunConfig, world: World = ALONE) -> int:
     use_determinism(settings.deterministic)
     world.take_gpu(settings.device)
     compute = choose_compute(settings)
-    keep_freed_memory()
     seed_everything(settings.seed)
 
     # --- text ---------------------------------------------------------------------------------------------------
@@ -232,6 +231,8 @@ def train(config: RunConfig, world: World = ALONE) -> int:
     count = count_parameters(model)
     compute.cast_frozen(model.roberta)  # 16-bit runs: frozen weights rounded once, not in every step
     model.to(compute.device)
+    if compute.device.type == "cpu":
+        speed_up(model)
     stepped = compute.compiled(model, settings.compile)  # the same parameters; only training steps go through it
     optimizer = make_optimizer(model, settings.learning_rate, settings.weight_decay, settings.decay_bias_and_norm)
     scaler = compute.grad_scaler()
@@ -241,7 +242,7 @@ def train(config: RunConfig, world: World = ALONE) -> int:
             return
         # A head drawn here is in no checkpoint: it is saved whole, also where only a part of it is trained.
         also = ("classifier",) if new_head else ()
-        save_adapter(model, config.lora, folder.adapter, base_model=checkpoint.name, task_type="SEQ_CLS", also=also)
+        save_adapter(model, folder.adapter, base_model=checkpoint.name, task_type="SEQ_CLS", also=also)
         tokenizer.save(folder.adapter)
 
     def batches_of_epoch(epoch: int, skip: int) -> Iterable[Batch]:
@@ -456,7 +457,7 @@ def train(config: RunConfig, world: World = ALONE) -> int:
         origins={
             "data": text.origin,
             "checkpoint": checkpoint.origin,
-            "model_type": model_type(checkpoint.directory / "config.json"),
+            "model_type": model_config.model_type,
         },
         label_names=text.label_names,
         count=count,

@@ -17,19 +17,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 import ops.linear
 import roberta.attention
-import roberta.model
-from benchmarks import against_peft as bench
+import torch
+import torch.nn.functional as F
 from lora.packed import PackedLoRALinear, _Adapted
 from ops.dropout import Dropout, dropout_mask, rounded
 from ops.linear import linear
 from ops.memory import keep_freed_memory
 from roberta.attention import _split_heads
+from torch import Tensor
+
+import roberta.model
+from benchmarks import against_peft as bench
 from roberta.model import Roberta
 from training.command_line import parse_options, run_command
 from training.config import TrainConfig

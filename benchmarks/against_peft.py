@@ -29,17 +29,17 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
+import ops.linear
 import torch
 import torch.nn.functional as F
+from ops.linear import linear
+from ops.memory import keep_freed_memory
 from torch import Tensor, nn
 
-import ops.linear
 from benchmarks import theirs
 from data.batching import Batch
 from lora.config import LoRAConfig
 from lora.inject import inject_lora, merge_lora
-from ops.linear import linear
-from ops.memory import keep_freed_memory
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
 from train import make_optimizer, make_schedule, train_step

@@ -18,11 +18,11 @@ from typing import Literal
 
 import numpy as np
 import torch
+from ops.memory import keep_freed_memory
 
 from data.batching import EncodedSplit, collate
 from lora.config import LoRAConfig
 from lora.inject import count_parameters, inject_lora
-from ops.memory import keep_freed_memory
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
 from train import make_optimizer, make_schedule, train_step

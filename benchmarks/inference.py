@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-
 from ops.memory import keep_freed_memory
+
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
 from training.command_line import parse_options, run_command

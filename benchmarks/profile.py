@@ -16,15 +16,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 import lora.packed
 import ops.linear
-from benchmarks import against_peft as bench
+import torch
+import torch.nn.functional as F
 from ops.memory import keep_freed_memory
 from roberta.attention import _Attention
+from torch import Tensor, nn
+
+from benchmarks import against_peft as bench
 from training.command_line import parse_options, run_command
 from training.config import TrainConfig
 from training.precision import choose_compute

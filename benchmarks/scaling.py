@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from ops.memory import keep_freed_memory
 
 from benchmarks import against_peft as bench
 from data.batching import encode_split, training_batches
 from data.sources import Split
-from ops.memory import keep_freed_memory
 from roberta.tokenizer import TextTokenizer
 from training.command_line import parse_options, run_command
 from training.config import TrainConfig

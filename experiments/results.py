@@ -17,7 +17,7 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from experiments.grid import Planned
-from training.pages import write_page, write_whole
+from training.pages import write_page, write_text_atomic
 from training.plots import draw_metric, read_curves, save_png, to_svg
 from training.run_folder import RunFolder
 
@@ -152,7 +152,7 @@ def write_results(
     writer = csv.DictWriter(file, fields, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(vars(row) for row in rows)
-    write_whole(folder / "results.csv", file.getvalue())
+    write_text_atomic(folder / "results.csv", file.getvalue())
 
     cells = [_cells(row) for row in rows]
     lines = [f"| {' | '.join(cells[0])} |", f"|{'|'.join(' --- ' for _ in cells[0])}|"]
@@ -161,7 +161,7 @@ def write_results(
         lines += ["", f"Set in every row: {', '.join(f'`{one}`' for one in overrides)}. Names are those of the files."]
     lines += ["", "accuracy: mean ± standard deviation over the seeds; speed: texts/s relative to the slowest row."]
     lines += [f"\n{name} failed: {why}" for name, why in failed]
-    write_whole(folder / "results.md", "\n".join(lines) + "\n")
+    write_text_atomic(folder / "results.md", "\n".join(lines) + "\n")
 
     curves = [read_curves(RunFolder(row.folder)) for row in rows if row.folder]
     curves = [run for run in curves if run.steps and run.validations]

@@ -23,8 +23,7 @@ import tyro
 from data.sources import LABELS_OF_NAMED_SOURCES
 from experiments.grid import Planned, parse_override, plan
 from experiments.results import collect, format_table, write_results
-from lora.budget import SHAPES
-from roberta.config import RobertaConfig
+from roberta.config import PUBLISHED
 from training.budget import trainable_parameters
 from training.command_line import EXIT_INTERRUPTED, parse_options, run_command
 from training.config import RunConfig, read_config, write_config
@@ -199,18 +198,10 @@ def _plan_table(planned: list[Planned], limit: int) -> str:
 
 def _trainable(config: RunConfig) -> int | None:
     """Trainable parameters; None unless checkpoint and data set are known by name."""
-    shape, labels = SHAPES.get(config.model.checkpoint), LABELS_OF_NAMED_SOURCES.get(config.data.source)
-    if shape is None or labels is None:
+    model, labels = PUBLISHED.get(config.model.checkpoint), LABELS_OF_NAMED_SOURCES.get(config.data.source)
+    if model is None or labels is None:
         return None
-    model = RobertaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.hidden // 64,
-        intermediate_size=shape.intermediate,
-        label_names=tuple(map(str, range(labels))),
-    )
-    return trainable_parameters(model, config.lora)
+    return trainable_parameters(dataclasses.replace(model, label_names=tuple(map(str, range(labels)))), config.lora)
 
 
 if __name__ == "__main__":

@@ -59,10 +59,13 @@ class LoRALinear(Adapter):
         x_A = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., r)
         return y + F.linear(self.scaling * x_A, self.lora_B.to(x.dtype))  # scaled where it is thin: r numbers per token
 
+    def delta_weight(self) -> Tensor:
+        """The update as a matrix: scaling * B A, (out, in)."""
+        return self.scaling * (self.lora_B @ self.lora_A)
+
     def merged(self) -> tuple[Tensor, Tensor | None]:
         """W' = W + scaling * B A, (out, in); b' = b."""
-        update = self.scaling * (self.lora_B @ self.lora_A)
-        return self.base.weight + update.to(self.base.weight.dtype), self.base.bias
+        return self.base.weight + self.delta_weight().to(self.base.weight.dtype), self.base.bias
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of the layer."""

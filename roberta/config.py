@@ -12,7 +12,6 @@ from typing import Any
 
 from roberta.files import CheckpointError, read_json
 
-
 # No encoder is near these; a broken or hostile file must not make a million modules.
 _LARGEST = {"num_hidden_layers": 200, "num_attention_heads": 1000, "type_vocab_size": 1000}
 _LARGEST_OTHER = 10_000_000

@@ -23,10 +23,10 @@ from data import sources
 from data.errors import DataError
 from data.sources import DataConfig, load_source, read_unlabelled
 from evaluate import Arguments, evaluate
-from lora.adapter import load_adapter, save_adapter
 from lora.config import LoRAConfig, LoRAError
 from lora.inject import inject_lora
-from lora.targets import could_hang
+from lora.peft_format import load_adapter, save_adapter
+from lora.untrusted import could_hang
 from roberta.config import CheckpointError
 from roberta.model import RobertaForSequenceClassification
 from roberta.tokenizer import TextTokenizer
@@ -222,7 +222,7 @@ def edit(path, **fields):
 def test_expressions_whose_matching_would_not_end(folder, fields):
     edit(folder / "adapter" / "adapter_config.json", **fields)
     read = lambda: load_adapter(load_checkpoint(folder / "base"), folder / "adapter")  # noqa: E731
-    refused(LoRAError, "could take for ever to match; name the layers", read)
+    refused(LoRAError, "could take forever to match; name the layers", read)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-import torch
-
+from lora.budget import count_on_meta, largest_rank
 from lora.config import LoRAConfig
-from lora.inject import count_parameters, inject_lora
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
 from training.errors import ConfigError
@@ -15,8 +11,7 @@ from training.errors import ConfigError
 
 def trainable_parameters(model_config: RobertaConfig, lora: LoRAConfig) -> int:
     """Trainable parameters of this model with these adapters: built without memory, and counted."""
-    with torch.device("meta"):
-        return count_parameters(inject_lora(RobertaForSequenceClassification(model_config), lora)).trainable
+    return count_on_meta(lambda: RobertaForSequenceClassification(model_config), lora).trainable
 
 
 def check_budget(model_config: RobertaConfig, lora: LoRAConfig, max_trainable: int | None) -> None:
@@ -27,16 +22,13 @@ def check_budget(model_config: RobertaConfig, lora: LoRAConfig, max_trainable: i
     trainable = trainable_parameters(model_config, lora)
     if max_trainable is None or trainable <= max_trainable:
         return
-    # Linear in the rank, whatever the targets: two counts give the line.
-    at_one, at_two = (trainable_parameters(model_config, dataclasses.replace(lora, rank=rank)) for rank in (1, 2))
-    per_rank = at_two - at_one
-    fits = (max_trainable - at_one) // per_rank + 1 if per_rank else 0
-    mend = (
+    fits = largest_rank(lambda: RobertaForSequenceClassification(model_config), lora, max_trainable)
+    fix = (
         f"the largest rank that fits is {fits}"
-        if fits >= 1
+        if fits
         else "no rank fits; choose fewer target_modules, or train less of the head by lora.modules_to_save"
     )
     raise ConfigError(
         f"rank {lora.rank} would train {trainable:,} parameters, {trainable - max_trainable:,} over "
-        f"train.max_trainable = {max_trainable:,}; {mend}"
+        f"train.max_trainable = {max_trainable:,}; {fix}"
     )

@@ -130,13 +130,13 @@ def load(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], list[str]] | 
     complaints: list[str] = []
     for path in _newest_first(folder):
         try:
-            hashes = read_settings(path / "sha256.json")
+            hashes = json.loads((path / "sha256.json").read_text(encoding="utf-8"))
             wrong = [name for name in _FILES if sha256_of(path / name) != hashes[name]]
             if wrong:
                 raise ValueError(f"{wrong[0]} is not what was written")
-            state = read_settings(path / "state.json")
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
             return state, load_file(path / "tensors.safetensors"), complaints
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             complaints.append(f"{path} is damaged ({error}); the one before it is used")
     if complaints:
         raise ConfigError(f"{folder}: every checkpoint is damaged; start again with --overwrite")

@@ -21,11 +21,8 @@ def write_page(template: str, path: Path, /, **values: Any) -> None:
 
 def write_text_atomic(path: Path, text: str) -> None:
     """Write a text file atomically: a reader sees the old file or the whole new one."""
-    with written_whole(path) as part:
+    with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8", errors="replace")
-
-
-write_whole = write_text_atomic  # the name that experiments/results.py imports
 
 
 def escape_markdown(text: str) -> str:

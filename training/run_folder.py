@@ -143,14 +143,14 @@ class RunFolder:
         """Write report.json, whole or not at all."""
         if not self.writes:
             return
-        with written_whole(self.report) as part:
+        with atomic_write(self.report) as part:
             part.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def read_labels(self) -> tuple[str, ...]:
         """The class names. Raises ConfigError if the file is missing or broken."""
         try:
-            names = read_settings(self.labels)
-        except (OSError, ValueError) as error:
+            names = json.loads(self.labels.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{self.labels}: can't be read ({error}); is {self.path} a run folder?") from None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ConfigError(f"{self.labels}: must be a list of names")

@@ -24,7 +24,6 @@ from data.batching import Batch
 from experiments.lessons.common import CPU, Lesson, Task, fit, run_lesson
 from lora.config import LoRAConfig
 from lora.inject import adapters
-from lora.packed import PackedLoRALinear
 from training.plots import PALETTE
 from training.precision import Compute
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from data.errors import DataError
 from data.sources import DataConfig, load_source, read_unlabelled
-from lora.peft_format import adapter_shapes, load_adapter, read_base_model, save_adapter
 from lora.config import LoRAConfig, LoRAError
 from lora.inject import inject_lora
+from lora.peft_format import adapter_shapes, load_adapter, read_base_model, save_adapter
 from roberta.config import CheckpointError, RobertaConfig
 from roberta.model import RobertaForSequenceClassification
 from roberta.tokenizer import TextTokenizer

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora.peft_format import load_adapter, read_adapter_config, save_adapter
 from lora.config import LoRAConfig, LoRAError
 from lora.inject import inject_lora, merge_lora
+from lora.peft_format import load_adapter, read_adapter_config, save_adapter
 from tests.parity.oracle import (
     adapted_pair,
     assert_close,

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from lora.config import LoRAConfig
-from lora.inject import count_parameters, inject_lora, adapters
+from lora.inject import adapters, count_parameters, inject_lora
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
 from tests.parity.oracle import assert_same, our_name, peft_config
