@@ -287,11 +287,7 @@ def evaluate(arguments: Arguments) -> int:
     elif arguments.export is None:
         split = encode_split(_test_split(trained), trained.tokenizer, description="tokenizing test")
         scores = score(_logits(trained, split), split.labels, trained.label_names)
-        say(f"\n{scores.table()}")
-        say(
-            f"\ntest accuracy {100 * scores.accuracy:.2f} %   macro precision {scores.precision:.3f}   recall "
-            f"{scores.recall:.3f}   F1 {scores.f1:.3f}   loss {scores.loss:.4f}"
-        )
+        say(f"\n{scores.table()}\n\n{scores.summary()}")
 
     if arguments.export is not None:
         save_checkpoint(unload_lora(trained.model).cpu(), arguments.export, trained.tokenizer)

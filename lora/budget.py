@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from roberta.config import PUBLISHED  # the command knows RoBERTa, the library does not
 
     parser = argparse.ArgumentParser(prog="python -m lora.budget", description="Count trainable parameters.")
-    parser.error = _one_line_error  # type: ignore[method-assign]
+    parser.error = _one_line_error  # type: ignore[method-assign, assignment]
     parser.add_argument("model", nargs="?", choices=PUBLISHED, help="base and large, if none is given with --budget")
     question = parser.add_mutually_exclusive_group()
     question.add_argument("--rank", type=int, default=8, help="count the parameters at this rank (default 8)")

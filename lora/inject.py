@@ -42,7 +42,7 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
                 parameter.requires_grad_(True)
     for module in saved.values():
         module.requires_grad_(True)
-    model.adapter_config = config
+    model.adapter_config = config  # type: ignore[assignment]  # nn.Module holds plain attributes too
     return model
 
 
@@ -59,7 +59,7 @@ def targeted_linears(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Linea
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     layers = config.layers_to_transform
-    present = {layer_index(name) for name in linears} - {None}
+    present = {index for name in linears if (index := layer_index(name)) is not None}
     absent = sorted(set(layers or ()) - present)
     if absent:
         have = f"layers {min(present)} to {max(present)}" if present else "no numbered layers"
@@ -73,16 +73,17 @@ def targeted_linears(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Linea
         if name and not any(f"{name}.".startswith(f"{full}.") for full in fully_trained)
     }
     # A regular expression is one target; names are looked up one by one, so that each can be found missing.
-    one_regex = isinstance(config.target_modules, str)
+    targets = config.target_modules
     found: set[str] = set()
-    for target in [config.target_modules] if one_regex else config.target_modules:
-        hits = [name for name in candidates if matches(target if one_regex else [target], name, layers)]
+    for target in [targets] if isinstance(targets, str) else [(name,) for name in targets]:
+        hits = [name for name in candidates if matches(target, name, layers)]
+        shown = repr(target if isinstance(target, str) else target[0])
         if not hits:
-            raise LoRAError(f"lora: target_modules: {target!r} matches no linear layer; there are {_endings(linears)}")
+            raise LoRAError(f"lora: target_modules: {shown} matches no linear layer; there are {_endings(linears)}")
         for name in hits:
             if name not in linears:
                 raise LoRAError(
-                    f"lora: target_modules: {target!r} matches {name}, a {type(candidates[name]).__name__}; "
+                    f"lora: target_modules: {shown} matches {name}, a {type(candidates[name]).__name__}; "
                     f"adapters wrap nn.Linear: {_endings(linears)}"
                 )
         found.update(hits)

@@ -37,12 +37,13 @@ class Embeddings(nn.Module):
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, hidden)
         self.LayerNorm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.padding = padding
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(batch, seq) ids and mask -> (batch, seq, hidden)."""
         real = attention_mask.long()
         # Mask 1 1 1 0 gives rows 2 3 4 1 for p = 1: padding stays at row p.
-        position_ids = real.cumsum(dim=1) * real + self.position_embeddings.padding_idx
+        position_ids = real.cumsum(dim=1) * real + self.padding
         embedded = self.word_embeddings(input_ids) + self.token_type_embeddings.weight[0]
         embedded = embedded + self.position_embeddings(position_ids)
         return self.dropout(self.LayerNorm(embedded))

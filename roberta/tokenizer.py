@@ -56,9 +56,9 @@ class TextTokenizer:
         directory = Path(directory)
         whole, vocab, merges = (directory / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
         if whole.is_file():
-            source, files, build = whole, (whole,), lambda: Tokenizer.from_file(str(whole))
+            source, files, build = whole, [whole], lambda: Tokenizer.from_file(str(whole))
         elif vocab.is_file() and merges.is_file():
-            source, files, build = vocab, (vocab, merges), lambda: _byte_level_bpe(vocab, merges)
+            source, files, build = vocab, [vocab, merges], lambda: _byte_level_bpe(vocab, merges)
         else:
             raise CheckpointError(
                 f"{directory}: holds no tokenizer; it needs tokenizer.json, or vocab.json + merges.txt"
@@ -155,6 +155,8 @@ def _byte_level_bpe(vocab: Path, merges: Path) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(_ROBERTA_SPECIAL_TOKENS)
-    begin, end = (tokenizer.token_to_id(token) for token in ("<s>", "</s>"))
-    tokenizer.post_processor = processors.RobertaProcessing(("</s>", end), ("<s>", begin), add_prefix_space=False)
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    tokenizer.post_processor = processors.RobertaProcessing(
+        ("</s>", ids["</s>"]), ("<s>", ids["<s>"]), add_prefix_space=False
+    )
     return tokenizer

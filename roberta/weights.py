@@ -160,7 +160,7 @@ def _parameter_name(key: str) -> str | None:
 
 
 @torch.no_grad()
-def _copy(source: Tensor, target: nn.Parameter, name: str, config: RobertaConfig, bert: bool) -> None:
+def _copy(source: Tensor, target: Tensor, name: str, config: RobertaConfig, bert: bool) -> None:
     """Copy a checkpoint's tensor into the parameter `name`, whose shape it has, but for the two tables of a BERT."""
     if bert and name == _POSITIONS:
         shift = config.pad_token_id + 1

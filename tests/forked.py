@@ -17,6 +17,7 @@ from pathlib import Path
 
 import train as train_module
 from data import batching
+from training import recorder
 from training.command_line import run_command
 from training.config import parse_command_line
 from training.run_folder import RunFolder
@@ -107,8 +108,8 @@ def run_forked(
                 log = os.open(seen, os.O_CREAT | os.O_WRONLY | os.O_APPEND)  # at once: a killed process flushes nothing
                 moments = Moments(lambda name: os.write(log, f"{name}\n".encode()), at, strike)
                 # Drawing takes longer than the training, and is not resumed but done again.
-                train_module.draw_plots = lambda folder: None
-                train_module.write_html_report = lambda folder: None
+                recorder.draw_plots = lambda folder: None
+                recorder.write_html_report = lambda folder: None
                 real_step = train_module.train_step
 
                 def train_step(*step_arguments):

@@ -72,9 +72,10 @@ def test_a_run_has_the_same_bits_in_another_process(tiny_config, tmp_path):
         "import sys, torch\n"
         "import train as module\n"
         "from data import batching\n"
+        "from training import recorder\n"
         "from training.config import parse_command_line\n"
         f"torch.set_num_threads({torch.get_num_threads()})\n"
-        "module.draw_plots = module.write_html_report = lambda folder: None\n"
+        "recorder.draw_plots = recorder.write_html_report = lambda folder: None\n"
         "real = batching.DataLoader\n"
         "batching.DataLoader = lambda *a, **options: real(*a, **options | {'num_workers': 1})\n"
         "sys.exit(module.train(parse_command_line(sys.argv[1:])))"
@@ -93,7 +94,7 @@ def test_a_run_has_the_same_bits_in_another_process(tiny_config, tmp_path):
 
 def test_another_seed_gives_other_bits(tiny_config, tmp_path, monkeypatch):
     """So that the comparison above can fail."""
-    monkeypatch.setattr("train.finish", lambda folder: None)
+    monkeypatch.setattr("training.recorder.write_pages", lambda folder: None)
     short = ["--train.epochs", "1"]
     for folder, seed in (("a", "1"), ("b", "2")):
         assert train(parse_command_line([*command(tiny_config, tmp_path / folder), *short, "--train.seed", seed])) == 0
@@ -143,9 +144,11 @@ def test_deterministic_switches_torch_and_cublas(restored, monkeypatch):
 
 def test_a_deterministic_run_on_a_cpu_is_the_same_run(tiny_config, tmp_path, monkeypatch, restored):
     """Every operation of a run has a repeatable form, or torch would have raised; and nothing else changes."""
-    monkeypatch.setattr("train.finish", lambda folder: None)
+    monkeypatch.setattr("training.recorder.write_pages", lambda folder: None)
     asked = []
-    monkeypatch.setattr("train.use_determinism", lambda wanted: (asked.append(wanted), use_determinism(wanted)))
+    monkeypatch.setattr(
+        "training.setup.use_determinism", lambda wanted: (asked.append(wanted), use_determinism(wanted))
+    )
     for folder, more in (("plain", []), ("strict", ["--train.deterministic"])):
         options = [*command(tiny_config, tmp_path / folder), "--train.epochs", "1", *more]
         assert train(parse_command_line(options)) == 0

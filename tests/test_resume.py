@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import train as train_module
 from tests.forked import outcome, run_forked
 from train import train
-from training import checkpoint
+from training import checkpoint, recorder
 from training.command_line import EXIT_BAD_INPUT, run_command
 from training.config import parse_command_line
 
@@ -253,7 +253,7 @@ def test_a_step_saved_again_never_leaves_none(tmp_path, monkeypatch):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
 
     def save(seconds):
-        position = checkpoint.Position(step=5, seconds=seconds)
+        position = checkpoint.TrainState(step=5, seconds=seconds)
         checkpoint.save(tmp_path, position, model, optimizer, schedule, scaler, {}, keep=1)
 
     def killing(real, calls, at):
@@ -300,7 +300,7 @@ def test_checkpoints_come_by_the_clock_too(command, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", later)
     written = []
     real = checkpoint.save
-    monkeypatch.setattr(train_module, "save_checkpoint", lambda *a: (written.append(a[1].step), real(*a)))
+    monkeypatch.setattr(recorder, "save", lambda *a: (written.append(a[1].step), real(*a)))
     arguments = command("timed", "--train.checkpoint-steps", 0, "--train.checkpoint-minutes", 0.1, "--train.epochs", 1)
     assert train(parse_command_line([str(one) for one in arguments])) == 0
     assert (len(written) > 2 and written == sorted(set(written))) or written[-1] == written[-2]

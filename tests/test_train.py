@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train as train_module
+from lora.linear import LoRALinear
 from lora.peft_format import load_adapter
 from roberta.tokenizer import TextTokenizer
 from tests.conftest import tiny_tokenizer
-from train import groups_of, make_optimizer, train
-from training import scoring
+from train import make_optimizer, train
+from training import recorder, scoring, setup
 from training.command_line import EXIT_BAD_INPUT, EXIT_INTERRUPTED, run_command
 from training.config import parse_command_line, read_config
 
@@ -110,6 +111,21 @@ def test_the_adapter_kept_and_tested_is_the_best_one_not_the_last(run, tiny_conf
     assert (report["best_epoch"], report["epochs_run"], len(saved), loaded) == (1, 3, 1, [True])
 
 
+def test_the_run_calls_lora_linear_on_query(run, tiny_config, monkeypatch):
+    """What is read is what runs: a hook on `query` of the model that is trained fires in every forward pass."""
+    calls, real = [], train_module.inject_lora
+
+    def hooked(model, config):
+        query = real(model, config).roberta.encoder.layer[0].attention.self.query
+        assert type(query) is LoRALinear
+        query.register_forward_hook(lambda layer, *_: calls.append(layer.training))
+        return model
+
+    monkeypatch.setattr(train_module, "inject_lora", hooked)
+    assert run(tiny_config, "--train.epochs", 1)[0] == 0
+    assert calls.count(True) == 11 and calls.count(False) > 0  # 86 rows in batches of 8, then validation and test
+
+
 def test_early_stopping_by_patience(run, tiny_config, tiny_data, monkeypatch):
     real_score, calls = train_module.score, []
 
@@ -154,10 +170,6 @@ def test_weight_decay_spares_vectors_unless_told():
     assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(3, 0.0)]
     groups = make_optimizer(model, 1e-3, 0.1, decay_bias_and_norm=True).param_groups
     assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(3, 0.1)]
-
-
-def test_groups_of_keeps_the_short_last_one():
-    assert list(groups_of(range(7), 3)) == [[0, 1, 2], [3, 4, 5], [6]]
 
 
 def refused(run, *arguments):
@@ -330,13 +342,13 @@ def test_cleaning_reaches_training(run, tiny_config, tiny_data):
 
 def test_eda_makes_new_training_texts_every_epoch_and_none_elsewhere(run, tiny_config, tiny_data, monkeypatch):
     seen = []
-    real = train_module.encode_split
+    real = setup.encode_split
 
     def watching(split, *arguments, **options):
         seen.append(split)
         return real(split, *arguments, **options)
 
-    monkeypatch.setattr(train_module, "encode_split", watching)
+    monkeypatch.setattr(setup, "encode_split", watching)
     code, out, _ = run(tiny_config, "--data.augmentation.n-aug", 2, "--train.epochs", 2)
     assert code == 0 and "EDA: 2 new texts of each training text" in out
     report = json.loads((tiny_data / "run" / "report.json").read_text())
@@ -385,7 +397,7 @@ def test_a_resumed_run_goes_on_writing_for_tensorboard(run, tiny_config, tiny_da
             pass
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
-    monkeypatch.setattr(train_module, "check_board", lambda: None)
+    monkeypatch.setattr(recorder, "check_board", lambda: None)
     with monkeypatch.context() as patch:
         patch.setattr(train_module, "score", lambda *_: os.kill(os.getpid(), signal.SIGINT) or real_score(*_))
         real_score = scoring.score

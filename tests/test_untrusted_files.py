@@ -199,7 +199,7 @@ def test_settings_that_are_too_large_or_nested_too_deeply(folder):
         refused(error, f"{path.name}: not valid JSON", read)
         path.write_text(whole)
         os.truncate(path, 1 << 34)
-        refused(error, f"{path.name}: not valid JSON .*17,179,869,184 bytes", read)
+        refused(error, f"{path.name}: has 17,179,869,184 bytes, more than", read)
         path.write_text(whole)
 
 
@@ -431,7 +431,7 @@ def test_json_lines_nested_deeply(tmp_path):
     "change",
     [
         lambda state, tensors: state.pop("python"),
-        lambda state, tensors: state["position"].update(surprise=1),
+        lambda state, tensors: state["train_state"].update(surprise=1),
         lambda state, tensors: state.update(numpy=["MT19937", [1, 2], 0, 0, 0.0]),
         lambda state, tensors: state.update(python=[3, [1], None]),
         lambda state, tensors: tensors.update({"parameter/weight": torch.zeros(1)}),
@@ -446,7 +446,7 @@ def test_a_checkpoint_of_another_run_is_one_line(tmp_path, change):
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _step: 1.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    checkpoint.save(tmp_path, checkpoint.Position(), model, optimizer, schedule, scaler, {}, keep=1)
+    checkpoint.save(tmp_path, checkpoint.TrainState(), model, optimizer, schedule, scaler, {}, keep=1)
     state, tensors, _ = checkpoint.load(tmp_path)
     checkpoint.restore(state, tensors, model, optimizer, schedule, scaler)
     change(state, tensors)
@@ -461,6 +461,6 @@ def test_a_checkpoint_nested_deeply_is_damaged(tmp_path, file):
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _step: 1.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    path = checkpoint.save(tmp_path, checkpoint.Position(), model, optimizer, schedule, scaler, {}, keep=1)
+    path = checkpoint.save(tmp_path, checkpoint.TrainState(), model, optimizer, schedule, scaler, {}, keep=1)
     (path / file).write_text("[" * 100_000)
     refused(ConfigError, "every checkpoint is damaged", lambda: checkpoint.load(tmp_path))

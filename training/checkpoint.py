@@ -40,7 +40,7 @@ _NAME = re.compile(r"step-(\d+)(?:\.(\d+))?")
 
 
 @dataclass
-class Position:
+class TrainState:
     """Where the loop stands: everything that it counts, and nothing that belongs to one process alone."""
 
     epoch: int = 1
@@ -53,7 +53,7 @@ class Position:
     """Sum of the losses read so far in this epoch, in nats."""
     epoch_steps: int = 0
     """How many those are."""
-    waiting: list[tuple[float, float]] = field(default_factory=list)
+    unread: list[tuple[float, float]] = field(default_factory=list)
     """Learning rate and loss of each step since the last logged line."""
     tokens: int = 0
     """Real tokens since the last logged line."""
@@ -70,7 +70,7 @@ class Position:
 
 def save(
     folder: Path,
-    position: Position,
+    train_state: TrainState,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
@@ -89,7 +89,7 @@ def save(
             tensors[f"random/cuda/{i}"] = generator
     kind, numpy_keys, *numpy_rest = np.random.get_state()
     state = {
-        "position": dataclasses.asdict(position),
+        "train_state": dataclasses.asdict(train_state),
         "schedule": {key: value for key, value in schedule.state_dict().items() if key != "lr_lambdas"},
         "learning_rates": [group["lr"] for group in optimizer.param_groups],
         "scaler": scaler.state_dict(),
@@ -107,7 +107,7 @@ def save(
         _write(part / "state.json", lambda path: path.write_text(json.dumps(state), encoding="utf-8"))
         hashes = {name: sha256_of(part / name) for name in _FILES}
         _write(part / "sha256.json", lambda path: path.write_text(json.dumps(hashes), encoding="utf-8"))
-        final = folder / f"step-{position.step:08d}"
+        final = folder / f"step-{train_state.step:08d}"
         superseded = [path for path in _newest_first(folder) if path.stem == final.name]
         if superseded:  # the same step again, after a resume: a name of its own, so that there is never none
             final = folder / f"{final.name}.{int(superseded[0].suffix[1:] or 0) + 1}"
@@ -150,7 +150,7 @@ def restore(
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     scaler: torch.amp.GradScaler,
-) -> Position:
+) -> TrainState:
     """Put a checkpoint's values where they belong, random states included, and return where the loop stands.
 
     Raises ConfigError if it is one of another run: a value is missing, or of another type or shape.
@@ -187,11 +187,11 @@ def restore(
         cuda = [tensors[f"random/cuda/{i}"] for i in range(len(tensors)) if f"random/cuda/{i}" in tensors]
         if cuda and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(cuda)
-        values = dict(state["position"])
+        values = dict(state["train_state"])
         if values["best"] is not None:
             values["best"] = Scores(**values["best"])
-        values["waiting"] = [(rate, loss) for rate, loss in values["waiting"]]
-        return Position(**values)
+        values["unread"] = [(rate, loss) for rate, loss in values["unread"]]
+        return TrainState(**values)
 
 
 @contextlib.contextmanager

@@ -91,9 +91,9 @@ def parse_options(kind: type[Options], arguments: list[str], *, prog: str, defau
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        # tyro draws a box: the title, the error, a rule, advice.
-        lines = [line.strip("│| ") for line in box.getvalue().splitlines()[1:]]
-        error = " ".join(itertools.takewhile(lambda line: line.strip("─-"), lines))
+        # tyro draws a box: the title, a rule unless the terminal has box characters, the error, a rule, advice.
+        lines = [line.strip("│|─- ") for line in box.getvalue().splitlines()[1:]]
+        error = " ".join(itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines)))
         error = error.removeprefix("Error parsing ").removesuffix(".")
         error = error.replace("invalid literal for int() with base 10:", "not an integer:")
         error = error.replace("could not convert string to float:", "not a number:")

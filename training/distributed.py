@@ -99,7 +99,7 @@ class World:
     def sum_gradients(self, parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
         """Replace each gradient by its sum over all processes, and return the sum of `loss`, a scalar.
 
-        One message of (trainable parameters + 1) numbers: the only one of a step, but for 16 bytes of `agree`.
+        One message of (trainable parameters + 1) numbers: the only one of a step, but for 16 bytes of `all_reduce_max`.
         """
         if self.size == 1:
             return loss
@@ -112,7 +112,7 @@ class World:
             gradient.copy_(part.view_as(gradient))
         return flat[-1]
 
-    def agree(self, *values: int) -> tuple[int, ...]:
+    def all_reduce_max(self, *values: int) -> tuple[int, ...]:
         """The largest of each value over all processes: what one of them wants to do after this step, all do."""
         if self.size == 1:
             return values
@@ -151,9 +151,9 @@ class World:
                 if parameter.requires_grad:
                     dist.broadcast(parameter.detach(), 0, group=self.steps)
 
-    def check_same_position(self, step: int) -> None:
+    def check_same_step(self, step: int) -> None:
         """Raise ConfigError if the processes would go on from different steps: they do not see the same run folder."""
-        highest, lowest = self.agree(step, -step)
+        highest, lowest = self.all_reduce_max(step, -step)
         if highest != -lowest:
             raise ConfigError(
                 f"--resume: one process finds the run at step {highest}, another at step {-lowest}; give an --output "

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from lora.inject import ParameterCount
+from training.checkpoint import TrainState
 from training.config import RunConfig
 from training.precision import Compute
 from training.scoring import Scores
+from training.setup import Inputs
 
 
 def peak_memory_bytes(compute: Compute) -> int:
@@ -30,18 +32,12 @@ def peak_memory_bytes(compute: Compute) -> int:
 
 
 def build_report(
-    *,
     config: RunConfig,
-    origins: dict[str, str],
-    label_names: tuple[str, ...],
+    inputs: Inputs,
     count: ParameterCount,
     compute: Compute,
-    validation: Scores | None,
+    state: TrainState,
     test: Scores | None,
-    epochs_run: int,
-    best_epoch: int,
-    steps: int,
-    train_seconds: float,
     seconds: float,
     test_seconds: float,
     mistakes: list[dict[str, Any]],
@@ -50,21 +46,25 @@ def build_report(
     return {
         "complete": test is not None,
         "test": dataclasses.asdict(test) if test else None,
-        "validation": dataclasses.asdict(validation) if validation else None,
+        "validation": dataclasses.asdict(state.best) if state.best else None,
         "test_texts_per_second": sum(map(sum, test.confusion)) / test_seconds if test else None,
         "mistakes": mistakes,
-        "label_names": list(label_names),
+        "label_names": list(inputs.text.label_names),
         "trainable_parameters": count.trainable,
         "total_parameters": count.total,
         "parameters_by_part": {name: {"trainable": t, "total": a} for name, (t, a) in count.parts.items()},
-        "epochs_run": epochs_run,
-        "best_epoch": best_epoch,
-        "steps": steps,
-        "train_seconds": round(train_seconds, 2),
+        "epochs_run": state.epoch - (state.step_of_epoch == 0),
+        "best_epoch": state.best_epoch,
+        "steps": state.step,
+        "train_seconds": round(state.train_seconds, 2),
         "seconds": round(seconds, 2),
         "peak_memory_bytes": peak_memory_bytes(compute),
         "device": compute.describe(),
-        "origins": origins,
+        "origins": {
+            "data": inputs.text.origin,
+            "checkpoint": inputs.checkpoint.origin,
+            "model_type": inputs.model_config.model_type,
+        },
         "versions": {name: version(name) for name in ("torch", "tokenizers", "safetensors", "numpy")},
         "config": dataclasses.asdict(config),
     }

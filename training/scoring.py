@@ -58,6 +58,13 @@ class Scores:
     confusion: list[list[int]]
     """Texts of class i (row) predicted as class j (column)."""
 
+    def summary(self) -> str:
+        """The averages on one line."""
+        return (
+            f"test accuracy {100 * self.accuracy:.2f} %   macro precision {self.precision:.3f}   "
+            f"recall {self.recall:.3f}   F1 {self.f1:.3f}   loss {self.loss:.4f}"
+        )
+
     def table(self) -> str:
         """Per-class table for a terminal."""
         width = max(map(len, [*self.per_class, "macro average"]))

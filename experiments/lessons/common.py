@@ -32,12 +32,13 @@ from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
 from roberta.tokenizer import TextTokenizer
 from roberta.weights import load_checkpoint
-from train import make_optimizer, make_schedule, seed_everything, train_step
+from train import make_optimizer, make_schedule, train_step
 from training.command_line import parse_options, run_command
 from training.plots import PALETTE, smoothed
 from training.precision import Compute
 from training.progress import say
 from training.scoring import predict
+from training.setup import seed_everything
 
 CPU = Compute(torch.device("cpu"), "fp32")
 LEARNING_RATE = 1e-3

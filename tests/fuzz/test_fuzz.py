@@ -179,7 +179,7 @@ def test_checkpoints_of_a_run(tmp_path, file):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    path = checkpoint.save(tmp_path, checkpoint.Position(), model, optimizer, schedule, scaler, {}, keep=1)
+    path = checkpoint.save(tmp_path, checkpoint.TrainState(), model, optimizer, schedule, scaler, {}, keep=1)
     mutation = mutate_bytes if file == "sha256.json" else (mutate_safetensors if "tensors" in file else mutate_json)
     fuzz(path / file, lambda: checkpoint.load(tmp_path), ConfigError, mutation, mutate_bytes)
 

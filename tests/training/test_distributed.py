@@ -31,7 +31,7 @@ from lora.inject import count_parameters, inject_lora
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
 from tests.forked import end_if_stuck, fail_if_stuck
-from training import distributed
+from training import distributed, recorder
 from training.command_line import EXIT_BAD_INPUT, EXIT_LOST, run_command
 from training.config import parse_command_line
 from training.distributed import ALONE, World, join
@@ -102,7 +102,7 @@ def run_train(arguments, double=True, act=lambda step: None):
     if double:
         train_module.load_checkpoint = lambda *a, **o: real_load(*a, **o).double()
     # Drawing takes longer than the training.
-    train_module.draw_plots = train_module.write_html_report = lambda folder: None
+    recorder.draw_plots = recorder.write_html_report = lambda folder: None
     train_module.train_step = watch(train_module.train_step, seen, act)
     with join() as world:
         code = run_command(lambda: train_module.train(parse_command_line(arguments), world), world)
@@ -312,7 +312,7 @@ def test_dropout_differs_and_a_stopped_run_goes_on_with_the_same_bits(tiny_confi
 
 def test_a_process_that_hangs_is_given_up_but_a_slow_checkpoint_is_not(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "_LOST_AFTER", datetime.timedelta(seconds=5))
-    real_save = train_module.save_checkpoint
+    real_save = recorder.save
     arguments = [tiny_config, *OPTIONS, "--train.checkpoint-steps", 2, "--output", tmp_path / "run"]
 
     def work(rank):
@@ -325,7 +325,7 @@ def test_a_process_that_hangs_is_given_up_but_a_slow_checkpoint_is_not(tiny_conf
                 while not (tmp_path / "seen" / "seen0").exists():  # until the other has given up
                     time.sleep(0.05)
 
-        train_module.save_checkpoint = slow_save
+        recorder.save = slow_save
         return run_train(arguments, act=hang)
 
     codes, results = forks(2, work, tmp_path / "seen")
@@ -441,9 +441,9 @@ def test_roberta_base_sends_less_than_four_megabytes_a_step(monkeypatch):
 def test_alone_nothing_is_sent_and_nothing_seeded(monkeypatch):
     monkeypatch.setattr(dist, "all_reduce", None)
     net, before = _Net(), torch.get_rng_state()
-    ALONE.seed(0, 1), ALONE.wait(), ALONE.copy_from_main(net), ALONE.check_same_position(7)
+    ALONE.seed(0, 1), ALONE.wait(), ALONE.copy_from_main(net), ALONE.check_same_step(7)
     loss = torch.ones(())
-    assert ALONE.sum_gradients([], loss) is loss and ALONE.sum(loss) is loss and ALONE.agree(3, 0) == (3, 0)
+    assert ALONE.sum_gradients([], loss) is loss and ALONE.sum(loss) is loss and ALONE.all_reduce_max(3, 0) == (3, 0)
     assert torch.equal(before, torch.get_rng_state())
     with join() as world:
         assert world is ALONE
@@ -452,7 +452,7 @@ def test_alone_nothing_is_sent_and_nothing_seeded(monkeypatch):
 def test_processes_at_different_steps_are_refused(monkeypatch):
     monkeypatch.setattr(World, "agree", lambda self, *values: (12, 0))  # another is at 12, and another at 0
     with pytest.raises(ConfigError, match="at step 12, another at step 0.*--output"):
-        World(0, 2).check_same_position(12)
+        World(0, 2).check_same_step(12)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

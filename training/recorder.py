@@ -1,0 +1,251 @@
+"""What happens around the training loop: the console, metrics.jsonl, checkpoints, signals, the report.
+
+Nothing here changes what is computed; a reader of the algorithm can skip it.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.batching import Batch
+from lora.inject import count_parameters
+from training.checkpoint import TrainState, check_fingerprints, load, restore, save
+from training.config import RunConfig
+from training.distributed import World
+from training.errors import ConfigError
+from training.html_report import write_html_report
+from training.model_card import write_model_card
+from training.plots import draw_plots
+from training.precision import Compute
+from training.progress import Progress, minutes, say, this_python
+from training.report import build_report
+from training.run_folder import RunFolder, check_board
+from training.scoring import Scores, confident_mistakes
+from training.setup import Inputs
+
+
+class Recorder:
+    """The run folder and the console of one run, and the state of its loop.
+
+    Used as a context, it handles signals: SIGINT and SIGTERM end the run after the current step, with a checkpoint.
+    """
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        self.config, self.world = config, world
+        self.folder = RunFolder(config.output, writes=world.is_main)
+        self.state = TrainState()
+        self.interrupted = 0
+        """The signal on which all processes have agreed to stop; 0 while there is none."""
+        self._signal = 0
+        self._started = time.perf_counter()
+        self._resuming = config.resume and self.folder.config.is_file()
+
+    def is_finished(self) -> bool:
+        """Whether the run to be resumed is complete. Raises ConfigError if the run folder may not be written."""
+        if not self._resuming:
+            self.folder.check_free(self.config.overwrite)
+        else:
+            self.folder.check_same_run(self.config)
+            if self.folder.is_complete():
+                if self.world.is_main:
+                    write_pages(self.folder)  # it may have been killed while it did this
+                say(f"{self.folder.path} is finished; there is nothing to resume")
+                return True
+        if self.config.train.tensorboard:
+            check_board()
+        return False
+
+    def start(
+        self,
+        inputs: Inputs,
+        compute: Compute,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        scaler: torch.amp.GradScaler,
+    ) -> TrainState:
+        """Make the run folder, or restore the newest checkpoint into model, optimizer, schedule and scaler.
+
+        Returns the state of the loop. Raises ConfigError if a checkpoint does not belong to this run.
+        """
+        folder, settings, world = self.folder, self.config.train, self.world
+        self._inputs, self._compute, self._count = inputs, compute, count_parameters(model)
+        self._trained = model, optimizer, schedule, scaler
+        self._fingerprints = inputs.fingerprints()
+        found = load(folder.checkpoints) if self._resuming else None
+        if found is None:
+            folder.create(self.config, inputs.text.label_names, replace=self.config.overwrite or self._resuming)
+        else:
+            values, tensors, complaints = found
+            for complaint in complaints:
+                say(complaint)
+            check_fingerprints(values["fingerprints"], self._fingerprints)
+            self.state = restore(values, tensors, *self._trained)
+            folder.cut_metrics(self.state.metrics_bytes)
+            say(f"resumed     epoch {self.state.epoch}, after step {self.state.step}")
+        if settings.tensorboard:
+            folder.open_board(self.state.step)
+        world.check_same_step(self.state.step)
+
+        processes = f", in each of {world.size} processes" if world.size > 1 else ""
+        total_steps = settings.epochs * inputs.steps_per_epoch
+        epochs = "1 epoch" if settings.epochs == 1 else f"at most {settings.epochs} epochs"
+        say(f"compute     {compute.describe()}{processes}")
+        say(f"steps       {inputs.steps_per_epoch} per epoch, {total_steps} in {epochs}")
+        say(f"run folder  {folder.path}")
+        say(f"\n{self._count.table()}")
+        count = self._count
+        say(f"trainable: {count.trainable:,} of {count.total:,} parameters ({count.percentage:.2f} %)\n")
+
+        # Learning rate and loss of each step since the last logged line; the losses not yet read from the device.
+        self._unread = [(rate, torch.tensor(loss, device=compute.device)) for rate, loss in self.state.unread]
+        self._progress = Progress(total_steps, self.state.step - len(self._unread), shown=world.is_main)
+        self._before = self.state.seconds, self.state.train_seconds
+        self._train_started = self._last_checkpoint = time.perf_counter()
+        return self.state
+
+    def __enter__(self) -> Recorder:
+        self._handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in self._handlers:
+            signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.close()
+        for number, handler in self._handlers.items():
+            if signal.getsignal(number) == self._on_signal:  # a handler set since then stays
+                signal.signal(number, handler)
+        self._times()
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self._signal = number
+        if not self.world.hears_signals_twice:
+            signal.signal(number, self._handlers[signal.Signals(number)])  # a second one stops at once
+            say("stopping after this step, with a checkpoint; press Ctrl-C again to stop now")
+
+    def begin_epoch(self) -> None:
+        """Start the clock of the epoch once every process has its batches."""
+        self.world.wait()
+        self._progress.resume_clock()
+
+    def record_step(self, loss: Tensor, learning_rate: float, batches: list[Batch]) -> None:
+        """Count a step, log and save when due, and set `interrupted` if a signal came.
+
+        Reads the losses from the device only where a line is logged, as that makes a GPU wait. Raises ConfigError for a
+        loss that is not finite.
+        """
+        state, settings = self.state, self.config.train
+        self._unread.append((learning_rate, loss))
+        state.tokens += sum(batch.tokens for batch in batches)
+        state.step += 1
+        state.step_of_epoch += 1
+        if state.step % settings.log_every == 0 or state.step_of_epoch == self._inputs.steps_per_epoch:
+            self._log_steps(learning_rate)
+        by_steps = settings.checkpoint_steps and state.step % settings.checkpoint_steps == 0
+        by_time = time.perf_counter() - self._last_checkpoint >= 60 * settings.checkpoint_minutes
+        self.interrupted, due = self.world.all_reduce_max(self._signal, int(by_steps or by_time))
+        if due or self.interrupted:
+            self._save_checkpoint()
+
+    def _log_steps(self, learning_rate: float) -> None:
+        state = self.state
+        losses = torch.stack([loss for _, loss in self._unread]).tolist()  # here the host waits for the device
+        for i, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                kept = f"the last good adapter is in {self.folder.adapter}" if state.best else "nothing was saved yet"
+                raise ConfigError(
+                    f"the loss is {loss} at step {state.step - len(losses) + 1 + i} (learning rate "
+                    f"{self._unread[i][0]:.2e}); lower train.learning_rate; {kept}"
+                )
+        mean_loss = sum(losses) / len(losses)
+        state.epoch_loss += sum(losses)
+        state.epoch_steps += len(losses)
+        rate = self._progress.update(len(losses), state.tokens, mean_loss, learning_rate)
+        self.folder.log(
+            step=state.step,
+            epoch=state.epoch,
+            loss=mean_loss,
+            learning_rate=learning_rate,
+            tokens_per_second=rate,
+        )
+        self._unread, state.tokens = [], 0
+
+    def end_epoch(self, validation: Scores) -> None:
+        """Log the validation scores of the epoch, count it, save a checkpoint."""
+        state = self.state
+        names = ("loss", "accuracy", "precision", "recall", "f1")
+        scores = {name: getattr(validation, name) for name in names}
+        self.folder.log(step=state.step, epoch=state.epoch, split="validation", **scores)
+        mark = "  (best so far)" if state.best_epoch == state.epoch else ""
+        say(
+            f"epoch {state.epoch:>2}/{self.config.train.epochs}  "
+            f"train loss {state.epoch_loss / state.epoch_steps:.4f}  validation loss {validation.loss:.4f}  "
+            f"accuracy {100 * validation.accuracy:.2f} %  macro F1 {validation.f1:.3f}{mark}"
+        )
+        state.epoch, state.step_of_epoch = state.epoch + 1, 0
+        state.epoch_loss, state.epoch_steps = 0.0, 0
+        self._save_checkpoint()
+        (self.interrupted,) = self.world.all_reduce_max(self._signal)  # it may have come while the epoch was scored
+
+    def _times(self) -> None:
+        now = time.perf_counter()
+        self.state.seconds = self._before[0] + now - self._started
+        self.state.train_seconds = self._before[1] + now - self._train_started
+
+    def _save_checkpoint(self) -> None:
+        state = self.state
+        state.unread = [(rate, float(loss)) for rate, loss in self._unread]
+        state.metrics_bytes = self.folder.metrics.stat().st_size if self.folder.metrics.is_file() else 0
+        self._times()
+        if self.world.is_main:
+            keep = self.config.train.checkpoint_keep
+            save(self.folder.checkpoints, state, *self._trained, self._fingerprints, keep)
+        self.world.wait()
+        self._last_checkpoint = time.perf_counter()
+
+    def finish(self, test: Scores | None, logits: Tensor | None, test_seconds: float) -> int:
+        """Write the report and the pages, print the scores; returns the exit code: 0, or 128 + the signal.
+
+        `test` and `logits` are those of the test split, None for an interrupted run.
+        """
+        state, folder, inputs, count = self.state, self.folder, self._inputs, self._count
+        mistakes: list[dict[str, Any]] = []
+        if logits is not None:
+            labels, texts = inputs.splits["test"].labels, inputs.text.test.texts
+            mistakes = confident_mistakes(logits, labels, texts, inputs.text.label_names)
+        seconds = self._before[0] + time.perf_counter() - self._started
+        report = build_report(self.config, inputs, count, self._compute, state, test, seconds, test_seconds, mistakes)
+        folder.write_report(report)
+        if self.world.is_main:
+            write_pages(folder)
+        if test is None:
+            epoch = report["epochs_run"]
+            say(f"\ninterrupted in epoch {epoch} after step {state.step}; the adapter is in {folder.adapter}")
+            say(f"resume:  the same command with --resume, or {this_python()} train.py {folder.config} --resume")
+        else:
+            say(f"\nbest epoch {state.best_epoch} by validation accuracy; on the test split:\n")
+            say(f"{test.table()}\n\n{test.summary()}")
+        say(
+            f"wall time {minutes(report['seconds'])} (training {minutes(state.train_seconds)})   "
+            f"peak memory {report['peak_memory_bytes'] / 2**20:,.0f} MiB   trainable parameters {count.trainable:,}"
+        )
+        say(f"report:  {folder.html}")
+        say(f'try it:  {this_python()} evaluate.py {folder.path} --text "a text of your own"')
+        self.world.wait()  # torchrun ends all processes when the first ends with a code that is not 0
+        return 128 + self.interrupted if self.interrupted else 0  # as shells count
+
+
+def write_pages(folder: RunFolder) -> None:
+    """Write what is made of the other files alone, plots and pages; a finished run needs its checkpoints no more."""
+    draw_plots(folder)
+    write_html_report(folder)
+    write_model_card(folder)
+    if folder.is_complete():
+        folder.remove_checkpoints()

@@ -1,0 +1,150 @@
+"""What a run reads and where it computes: all of it checked before the first step, and told on the console."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from data.assets import Checkpoint, fetch_checkpoint, sha256_of
+from data.augmentation import augment_texts, check_script
+from data.batching import WIDTH_MULTIPLE, Batch, EncodedSplit, encode_split, training_batches
+from data.sources import LabelledText, Split, load_source
+from roberta.config import RobertaConfig
+from roberta.tokenizer import TextTokenizer
+from roberta.weights import has_head
+from training.budget import check_budget
+from training.config import RunConfig, TrainConfig
+from training.distributed import World
+from training.errors import ConfigError
+from training.precision import WIDTH_WHEN_COMPILED, Compute, choose_compute, use_determinism
+from training.progress import say
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch (CPU and GPU)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def set_up_process(settings: TrainConfig, world: World) -> Compute:
+    """Choose device and number format, kernels and seeds. Raises ConfigError for a device that is not there."""
+    use_determinism(settings.deterministic)
+    world.take_gpu(settings.device)
+    compute = choose_compute(settings)
+    seed_everything(settings.seed)
+    return compute
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads."""
+
+    text: LabelledText
+    checkpoint: Checkpoint
+    model_config: RobertaConfig
+    tokenizer: TextTokenizer
+    splits: dict[str, EncodedSplit]
+    """Token ids of train, validation and test."""
+    new_head: bool
+    """Whether the head is drawn here, not read from the checkpoint."""
+    steps_per_epoch: int
+    """Optimizer steps in an epoch."""
+
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of all that a resumed run must find unchanged."""
+        return {
+            "the data": self.text.fingerprint,
+            "the base weights": sha256_of(self.checkpoint.directory / "model.safetensors"),
+            "the tokenizer": self.tokenizer.fingerprint,
+        }
+
+
+def load_inputs(config: RunConfig, world: World) -> Inputs:
+    """Read text and checkpoint, check that they and the settings fit each other, and tokenize.
+
+    Process 0 goes first, so that the others find in the cache what it fetches. Raises ConfigError, DataError,
+    CheckpointError or LoRAError for what can't be used.
+    """
+    settings, augmentation = config.train, config.data.augmentation
+    with world.main_first():
+        text = load_source(config.data, settings.seed).cleaned(config.data.cleaning)
+    say(f"data        {text.origin}")
+    say(
+        f"            {len(text.train.texts):,} texts to train on, {len(text.validation.texts):,} to validate, "
+        f"{len(text.test.texts):,} to test, {len(text.label_names)} classes"
+    )
+    if augmentation.n_aug:
+        check_script(text.train.texts, text.origin)
+        say(f"            EDA: {augmentation.n_aug} new texts of each training text, alpha {augmentation.alpha:g}")
+
+    with world.main_first():
+        checkpoint = fetch_checkpoint(config.model.checkpoint)
+    say(f"checkpoint  {checkpoint.origin}")
+    model_config = dataclasses.replace(
+        RobertaConfig.from_file(checkpoint.directory / "config.json"), label_names=text.label_names
+    )
+    for name, value in (
+        ("hidden_dropout_prob", config.model.hidden_dropout),
+        ("attention_probs_dropout_prob", config.model.attention_dropout),
+        ("classifier_dropout", config.model.classifier_dropout),
+    ):
+        if value is not None:
+            model_config = dataclasses.replace(model_config, **{name: value})
+    check_budget(model_config, config.lora, settings.max_trainable)  # before anything large is read
+    if config.data.max_length > model_config.max_length:
+        raise ConfigError(
+            f"data.max_length is {config.data.max_length}, but the checkpoint has positions for "
+            f"{model_config.max_length} tokens; lower it"
+        )
+    tokenizer = TextTokenizer.from_directory(checkpoint.directory, config.data.max_length)
+    tokenizer.check_fits(model_config, checkpoint.directory)
+
+    splits = {
+        name: encode_split(getattr(text, name), tokenizer, description=f"tokenizing {name}")
+        for name in ("train", "validation", "test")
+    }
+    truncated = sum(split.truncated for split in splits.values())
+    say(f"            {truncated:,} texts are longer than {config.data.max_length} tokens and are cut there")
+    texts = (1 + augmentation.n_aug) * len(text.train.labels)
+    batches = -(-texts // settings.batch_size)
+    return Inputs(
+        text,
+        checkpoint,
+        model_config,
+        tokenizer,
+        splits,
+        new_head=config.model.new_head or not has_head(checkpoint.directory),
+        steps_per_epoch=-(-batches // settings.accumulation_steps),
+    )
+
+
+def epoch_batches(
+    inputs: Inputs, config: RunConfig, epoch: int, skip: int, compute: Compute, world: World
+) -> Iterable[Batch]:
+    """The training batches of an epoch without the first `skip`: shuffled anew, texts of similar length together.
+
+    With augmentation, the training texts and new ones made of them.
+    """
+    settings, split = config.train, inputs.splits["train"]
+    if config.data.augmentation.n_aug:
+        train = inputs.text.train
+        new = augment_texts(train.texts, train.labels, config.data.augmentation, settings.seed, epoch)
+        split = encode_split(Split(*new), inputs.tokenizer, description="tokenizing EDA")
+    return training_batches(
+        split,
+        settings.batch_size,
+        inputs.tokenizer.pad_token_id,
+        settings.seed,
+        epoch,
+        config.data.padding,
+        compute.device,
+        skip,
+        world.share,
+        WIDTH_WHEN_COMPILED if settings.compile != "off" else WIDTH_MULTIPLE,
+    )
