@@ -1,6 +1,9 @@
 """Fixtures for all tests: a checkpoint and a data set small enough to train in a second."""
 
+import contextlib
+import io
 import random
+import shutil
 from pathlib import Path
 
 import hypothesis
@@ -150,3 +153,21 @@ seed = 1
         encoding="utf-8",
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory, tiny_checkpoint) -> tuple[Path, str]:
+    """A finished run on the two, trained once per process, and what it printed."""
+    from train import train
+    from training.config import read_config
+
+    config = write_tiny_config(tiny_checkpoint, write_tiny_data(tmp_path_factory.mktemp("trained-once")))
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert train(read_config(config)) == 0
+    return config.parent / "run", out.getvalue()
+
+
+@pytest.fixture
+def finished_run(trained_once, tmp_path) -> Path:
+    """A copy of that run's folder, which a test may change."""
+    return Path(shutil.copytree(trained_once[0], tmp_path / "run"))

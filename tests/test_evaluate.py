@@ -32,11 +32,9 @@ def command(capsys):
 
 
 @pytest.fixture
-def finished(tiny_config, tiny_data, capsys):
+def finished(finished_run, trained_once):
     """A finished run's folder and the line of scores that its training printed."""
-    assert train(parse_command_line([str(tiny_config)])) == 0
-    out = capsys.readouterr().out
-    return tiny_data / "run", next(line for line in out.splitlines() if line.startswith("test accuracy"))
+    return finished_run, next(line for line in trained_once[1].splitlines() if line.startswith("test accuracy"))
 
 
 def test_the_test_split_scores_as_training_printed(command, finished):

@@ -9,10 +9,6 @@ from threading import Thread
 
 import pytest
 
-from experiments.report import Arguments, main
-from train import train
-from training.command_line import EXIT_BAD_INPUT, run_command
-from training.config import read_config
 from training.errors import ConfigError
 from training.html_report import write_html_report
 from training.run_folder import RunFolder
@@ -21,10 +17,9 @@ EVIL = "<script>document.title='broken'</script><img src=http://127.0.0.1:{port}
 
 
 @pytest.fixture
-def run_folder(tiny_config, monkeypatch):
+def run_folder(finished_run):
     """A finished run whose most confident mistake has markup in its text."""
-    assert train(read_config(tiny_config)) == 0
-    folder = RunFolder(read_config(tiny_config).output)
+    folder = RunFolder(finished_run)
     report = json.loads(folder.report.read_text())
     mistake = {"text": EVIL.format(port=1), "true": "a<b>", "predicted": "c", "probability": 0.99}
     folder.report.write_text(json.dumps(report | {"mistakes": [mistake]}))
@@ -143,11 +138,3 @@ def test_a_browser_opens_it_without_an_error_or_a_request(run_folder, tmp_path):
     done = dump(loud, "profile2")
     server.shutdown()
     assert "CONSOLE" in done.stderr and requests == ["/x.png"]
-
-
-def test_the_command_writes_them_again_and_refuses_other_folders(run_folder, tmp_path):
-    run_folder.html.unlink()
-    run_folder.report.unlink()
-    assert run_command(lambda: main(Arguments((run_folder.path,)))) == 0
-    assert "This run was interrupted" in run_folder.html.read_text()
-    assert run_command(lambda: main(Arguments((tmp_path / "nothing",)))) == EXIT_BAD_INPUT

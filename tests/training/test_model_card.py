@@ -8,17 +8,14 @@ import torch
 
 from evaluate import Arguments, classify, load_trained
 from roberta.tokenizer import TextTokenizer
-from train import train
-from training.config import read_config
 from training.model_card import write_model_card
 from training.pages import escape_markdown
 from training.run_folder import RunFolder
 
 
 @pytest.fixture
-def run_folder(tiny_config):
-    assert train(read_config(tiny_config)) == 0
-    return RunFolder(read_config(tiny_config).output)
+def run_folder(finished_run):
+    return RunFolder(finished_run)
 
 
 def test_a_card_holds_the_reports_numbers_and_its_code_classifies(run_folder, capsys):
