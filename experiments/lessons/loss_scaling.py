@@ -33,13 +33,13 @@ SCALES = tuple(2.0**k for k in range(0, 33, 4))
 
 
 def backward(model: nn.Module, batch: Batch, compute: Compute, scale: float) -> list[Tensor]:
-    """Backward pass of `scale` times the loss, which fills .grad. Returns G = dL/d[q|k|v] of every layer."""
+    """Backward pass of `scale` times the loss, which fills .grad. Returns G = dL/dY of every adapted layer Y."""
     gradients: list[Tensor] = []
 
     def keep(_module: nn.Module, _inputs: object, output: Tensor) -> None:
         output.register_hook(gradients.append)
 
-    handles = [m.register_forward_hook(keep) for m in model.modules() if isinstance(m, PackedLoRALinear)]
+    handles = [layer.register_forward_hook(keep) for layer in adapters(model).values()]
     model.zero_grad(set_to_none=True)
     with compute.autocast():
         loss = F.cross_entropy(model(batch.input_ids, batch.attention_mask), batch.labels)
@@ -52,7 +52,7 @@ def backward(model: nn.Module, batch: Batch, compute: Compute, scale: float) -> 
 def shares(model: nn.Module, batch: Batch, compute: Compute, scale: float) -> dict[str, float]:
     """Shares of the entries of G at real tokens that are zero, subnormal, inf or nan; share of zeros in dL/dB."""
     gradients = backward(model, batch, compute, scale)
-    # The last layer, computed on <s> alone, is left out.
+    # The query of the last layer, computed on <s> alone, is left out.
     G = torch.cat([g[batch.attention_mask] for g in gradients if g.shape[1] > 1], dim=-1)
     dB = torch.cat([layer.lora_B.grad.flatten() for layer in adapters(model).values()])
     masks = {
