@@ -1,4 +1,4 @@
-"""docs/walkthrough.md: each of its formulas, written out anew from the page, equals what the program computes."""
+"""docs/walkthrough.md: each formula, computed a second time from the page alone, equals what the program computes."""
 
 import copy
 import math
@@ -12,7 +12,7 @@ from torch import nn
 
 from data.batching import Batch
 from lora.config import LoRAConfig
-from lora.inject import count_parameters, inject_lora, lora_layers, merge_lora, unload_lora
+from lora.inject import adapters, count_parameters, inject_lora, merge_lora, unload_lora
 from lora.linear import LoRALinear
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
@@ -110,25 +110,20 @@ def test_embeddings(model, batch):
     close(embeddings(batch.input_ids, batch.attention_mask), by_hand)
 
 
-def test_lora_on_the_three_blocks(model):
-    packed = model.roberta.encoder.layer[0].attention.self
+def test_lora_on_query_key_and_value(model):
     x = torch.randn(2, 6, 24, dtype=torch.float64)
-    blocks = []
-    for name in ("query", "key", "value"):
-        layer = packed.get_submodule(name)
+    for name, layer in adapters(model).items():
         W, b, A, B, s = layer.base.weight, layer.base.bias, layer.lora_A, layer.lora_B, 7 / 3
-        blocks.append(x @ W.T + b + s * (x @ A.T) @ B.T)
-        close(layer(x), blocks[-1], name)
-    close(packed(x), torch.cat(blocks, dim=-1), "packed")
+        close(layer(x), x @ W.T + b + s * (x @ A.T) @ B.T, name)
 
 
 @pytest.mark.parametrize("written_out", [False, True])
 def test_attention(model, batch, written_out):
     attention = copy.deepcopy(model.roberta.encoder.layer[0].attention).train()
-    # Any probability above 0 takes the way that is written out; this one is rounded to 0 when a mask is drawn.
-    attention.dropout.p = 1e-9 if written_out else 0.0
+    # Any probability above 0 takes the branch that is written out; this one drops nothing.
+    attention.self.dropout.p = 1e-15 if written_out else 0.0
     x = torch.randn(2, 6, 24, dtype=torch.float64)
-    q, k, v = attention.self(x).split(24, dim=-1)
+    q, k, v = attention.self.query(x), attention.self.key(x), attention.self.value(x)
     contexts = []
     for head in range(4):
         part = slice(6 * head, 6 * head + 6)
@@ -189,27 +184,23 @@ def test_gradients_of_one_layer(use_rslora):
 
 
 def test_gradients_in_the_whole_model(model, batch):
-    """dL/dA and dL/dB of every block of the packed projections, from the X and G that pass by during training."""
+    """dL/dA and dL/dB of every adapter, from the X and G that pass it during a step."""
     kept = {}
 
-    def keep(module, inputs, output):
-        kept[module] = inputs[0], output
+    def keep(layer, inputs, output):
+        kept[layer] = inputs[0], output
         output.retain_grad()
 
-    packed = [layer.attention.self for layer in model.roberta.encoder.layer]
-    handles = [module.register_forward_hook(keep) for module in packed]
-    logits = model.classifier(model.roberta(batch.input_ids, batch.attention_mask)[:, 0])
-    (F.cross_entropy(logits, batch.labels, reduction="sum") / 2).backward()
+    handles = [layer.register_forward_hook(keep) for layer in adapters(model).values()]
+    (F.cross_entropy(model(batch.input_ids, batch.attention_mask), batch.labels, reduction="sum") / 2).backward()
     for handle in handles:
         handle.remove()
-    for module in packed:
-        x, y = kept[module]
-        for name, G in zip(("query", "key", "value"), y.grad.flatten(0, 1).split(24, dim=-1), strict=True):
-            layer = module.get_submodule(name)
-            dA, dB = gradients_by_hand(G, x.flatten(0, 1), layer)
-            close(layer.lora_A.grad, dA, f"dL/dA of {name}")
-            close(layer.lora_B.grad, dB, f"dL/dB of {name}")
-            assert layer.lora_A.grad.abs().max() > 1e-6 and layer.lora_B.grad.abs().max() > 1e-6
+    for name, layer in adapters(model).items():
+        X, Y = kept[layer]
+        dA, dB = gradients_by_hand(Y.grad.flatten(0, 1), X.flatten(0, 1), layer)
+        close(layer.lora_A.grad, dA, f"dL/dA of {name}")
+        close(layer.lora_B.grad, dB, f"dL/dB of {name}")
+        assert layer.lora_A.grad.abs().max() > 1e-6 and layer.lora_B.grad.abs().max() > 1e-6
     model.zero_grad(set_to_none=True)
 
 
@@ -255,9 +246,8 @@ def test_steps_of_adamw(batch):
 def test_merged_matrix(model, batch):
     model = copy.deepcopy(model)
     before = model(batch.input_ids, batch.attention_mask)
-    by_hand = {
-        name: layer.base.weight + 7 / 3 * layer.lora_B @ layer.lora_A for name, layer in lora_layers(model).items()
-    }
+    layers = adapters(model)
+    by_hand = {name: layer.base.weight + 7 / 3 * layer.lora_B @ layer.lora_A for name, layer in layers.items()}
     merge_lora(model)
     close(model(batch.input_ids, batch.attention_mask), before, "logits")
     unload_lora(model)
