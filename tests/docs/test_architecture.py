@@ -1,5 +1,6 @@
-"""The diffs of docs/architecture.md apply to the code as it is, and do what is said of them."""
+"""docs/architecture.md: imports follow its arrows; its diffs apply to the code and do what the page says."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -9,15 +10,59 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("lora", "roberta", "data", "ops")
+COPIED = ("lora", "roberta", "data", "tests/parity/oracle.py")
 
 USES = {
-    "lora/inject.py": """
-import torch
-from lora import LoRAConfig, count_parameters, inject_lora
-model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Linear(64, 4))
-inject_lora(model, LoRAConfig(rank=4, target_modules=("0",), modules_to_save=("1",), train_A=False))
-assert count_parameters(model).trainable == 64 * 4 + 64 * 4 + 4
+    "lora/dora.py": """
+import peft, torch
+import torch.nn.functional as F
+from lora import LoRAConfig, inject_lora, load_adapter, merge_lora, save_adapter, unload_lora
+from tests.parity.oracle import assert_close, our_copy, our_name, peft_config, ragged_batch, reference_model
+
+config = LoRAConfig(rank=3, alpha=7, dropout=0.4, target_modules=("query", "value", "output.dense"), use_dora=True)
+settings = peft_config(config)
+settings.use_dora = True
+ours = inject_lora(our_copy(reference_model(), "base"), config)
+theirs = peft.get_peft_model(reference_model().double(), settings).double()
+matching = {
+    our_name(name.replace("lora_magnitude_vector.default.weight", "magnitude")): parameter
+    for name, parameter in theirs.named_parameters()
+}
+torch.manual_seed(1)
+trained = {name: parameter for name, parameter in ours.named_parameters() if parameter.requires_grad}
+assert trained.keys() == {name for name, parameter in matching.items() if name and parameter.requires_grad}
+with torch.no_grad():
+    for name, parameter in trained.items():
+        if name.endswith("magnitude"):
+            assert_close(parameter, matching[name], 1e-6, name)  # |W|, which peft computed in float32
+        parameter.copy_(matching[name].normal_(std=0.3))
+
+batch = ragged_batch([9, 4, 1])
+inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+for training in (True, False):
+    torch.manual_seed(2)  # the same masks; all tokens through the last layer, as in peft's model
+    logits = ours.train(training).classifier(ours.roberta(**inputs)[:, 0])
+    torch.manual_seed(2)
+    expected = theirs.train(training)(**inputs).logits
+    assert_close(logits, expected, 1e-10, f"logits, training: {training}")
+    for values in (logits, expected):
+        F.cross_entropy(values, batch["labels"]).backward()
+    for name, parameter in trained.items():
+        assert_close(parameter.grad, matching[name].grad, 1e-10, f"gradient of {name}")
+
+save_adapter(ours, "adapter", task_type="SEQ_CLS")
+opened = peft.PeftModel.from_pretrained(reference_model(), "adapter")
+assert_close(opened(**inputs).logits.double(), logits, 1e-5, "logits of the file in peft, float32")
+again = our_copy(reference_model(), "again")
+load_adapter(again, "adapter")
+assert_close(again.eval()(**inputs), logits, 1e-10, "logits of the file here")
+
+merge_lora(ours)
+assert_close(ours(**inputs), logits, 1e-10, "logits, merged")
+unload_lora(ours)
+merged = theirs.merge_and_unload().state_dict()
+for name, tensor in ours.state_dict().items():
+    assert_close(tensor, merged[name], 1e-10, name)
 """,
     "data/sources.py": """
 from pathlib import Path
@@ -46,6 +91,22 @@ torch.testing.assert_close(ours(ids, mask), theirs(ids, attention_mask=mask).log
 }
 
 
+# What each folder may import of this project, as the page's arrows say.
+ARROWS = {"lora": set(), "roberta": set(), "cpu": set(), "data": set(), "training": {"data", "roberta", "lora"}}
+
+
+@pytest.mark.parametrize("folder", ARROWS)
+def test_imports_follow_the_arrows(folder):
+    others = {*ARROWS, "train", "evaluate", "experiments", "benchmarks", "tests"} - {folder} - ARROWS[folder]
+    for path in (ROOT / folder).rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+        if path == ROOT / "lora/budget.py":
+            imported -= {"roberta.config", "roberta.model"}  # the command's, inside its functions
+        assert not others & {str(name).split(".")[0] for name in imported}, path
+
+
 def diffs():
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     return re.findall(r"```diff\n(.*?)```", text, flags=re.DOTALL)
@@ -58,18 +119,21 @@ def test_every_diff_is_used():
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git to apply a diff")
 @pytest.mark.parametrize("path", USES)
 def test_a_diff_applies_and_works(path, tmp_path):
-    for package in PACKAGES:
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    before, after = tmp_path / "before", tmp_path / "after"
+    for copy in (before, after):
+        for name in COPIED:
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / name, copy / name)
     (diff,) = (diff for diff in diffs() if f"+++ b/{path}" in diff)
 
-    def run(*command, stdin=None):
-        done = subprocess.run(command, cwd=tmp_path, input=stdin, capture_output=True, text=True)
+    def run(copy, *command, stdin=None):
+        done = subprocess.run(command, cwd=copy, input=stdin, capture_output=True, text=True)
         return done.returncode, done.stdout + done.stderr
 
-    before = run(sys.executable, "-c", USES[path])
-    assert before[0] != 0, "the code does this without the diff"
-    shutil.rmtree(tmp_path / "sst", ignore_errors=True)
-    shutil.rmtree(tmp_path / "xlmr", ignore_errors=True)
-    assert run("git", "apply", "-", stdin=diff) == (0, "")
-    code, shown = run(sys.executable, "-c", USES[path])
+    assert run(before, sys.executable, "-c", USES[path])[0] != 0, "the code does this without the diff"
+    assert run(after, "git", "apply", "-", stdin=diff) == (0, "")
+    code, shown = run(after, sys.executable, "-c", USES[path])
     assert code == 0, shown
