@@ -211,7 +211,7 @@ def test_at_the_start_only_b_has_a_gradient():
 
 
 def test_steps_of_adamw(batch):
-    """Two whole `train_step`s, with clipping and decay, against the page's arithmetic."""
+    """Two full `train_step`s, with clipping and decay, against the page's arithmetic."""
     torch.manual_seed(0)
     config = RobertaConfig(
         vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, label_names=("a", "b", "c")
