@@ -1,4 +1,6 @@
-"""What makes a CPU faster, and nothing else: delete this folder and the one line that calls it, and all results stand.
+"""What makes a CPU faster, and nothing else.
+
+Delete this folder and the line that calls it, and the program computes the same with other dropout masks.
 
 `speed_up` is called by a program, once its model is built. Importing a module of `lora` or `roberta` changes nothing.
 """

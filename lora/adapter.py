@@ -16,8 +16,8 @@ from torch import Tensor, nn
 class Adapter(nn.Module):
     """A frozen `nn.Linear`, `base`, with a method's trainable parameters beside it.
 
-    A subclass sets `method` and `peft_keys`, makes its parameters in float32 at least (`parameter_like`), and defines
-    `forward`, which returns `self.base(x)` while `is_merged`, and `merged`.
+    A subclass sets `method` and `peft_keys`, makes its parameters by `parameter_like`, and defines `settings`, `merged`
+    and `forward`. `forward` must return `self.base(x)` while `is_merged`, as the update is in `base` then.
     """
 
     method: ClassVar[str]
@@ -31,7 +31,7 @@ class Adapter(nn.Module):
         self._unmerged: tuple[Tensor, Tensor | None] | None = None  # the frozen (W, b), kept while merged
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out): the method's formula, whole."""
+        """(..., in) -> (..., out): the method's complete formula."""
         raise NotImplementedError
 
     def merged(self) -> tuple[Tensor, Tensor | None]:
@@ -40,6 +40,14 @@ class Adapter(nn.Module):
         A method without such a layer raises NotImplementedError.
         """
         raise NotImplementedError
+
+    def settings(self) -> dict[str, float]:
+        """The numbers that make this layer another function than one with the same parameters."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows of the layer."""
+        return ", ".join(f"{name}={value:.4g}" for name, value in self.settings().items())
 
     def parameter_like(self, *shape: int) -> nn.Parameter:
         """An uninitialised parameter where `base` is, in float32 at least.

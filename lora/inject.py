@@ -33,7 +33,7 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
 
     model.requires_grad_(False)  # everything; the adapters' parameters, made below, are new and trainable
     for name, linear in targets.items():
-        _replace(model, name, config.wrap(linear, name))
+        _replace(model, name, config.wrap(linear, name).train(linear.training))
         if config.bias == "lora_only" and linear.bias is not None:
             linear.bias.requires_grad_(True)
     if config.bias == "all":

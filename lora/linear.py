@@ -39,7 +39,6 @@ class LoRALinear(Adapter):
     ) -> None:
         super().__init__(base)
         self.rank = rank
-        self.alpha = alpha
         self.scaling = alpha / math.sqrt(rank) if use_rslora else alpha / rank
         self.dropout = nn.Dropout(dropout)
         self.lora_A = self.parameter_like(rank, base.in_features)
@@ -57,7 +56,7 @@ class LoRALinear(Adapter):
         if self.is_merged:
             return y
         x_A = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., r)
-        return y + F.linear(self.scaling * x_A, self.lora_B.to(x.dtype))  # scaled where it is thin: r numbers per token
+        return y + F.linear(self.scaling * x_A, self.lora_B.to(x.dtype))  # scales r numbers per token, not out
 
     def delta_weight(self) -> Tensor:
         """The update as a matrix: scaling * B A, (out, in)."""
@@ -67,6 +66,6 @@ class LoRALinear(Adapter):
         """W' = W + scaling * B A, (out, in); b' = b."""
         return self.base.weight + self.delta_weight().to(self.base.weight.dtype), self.base.bias
 
-    def extra_repr(self) -> str:
-        """What `print(model)` shows of the layer."""
-        return f"rank={self.rank}, alpha={self.alpha}, scaling={self.scaling:.4g}"
+    def settings(self) -> dict[str, float]:
+        """Rank and scaling; alpha is part of the latter."""
+        return {"rank": self.rank, "scaling": self.scaling}

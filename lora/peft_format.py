@@ -163,13 +163,18 @@ def _planned_adapters(
     }
     for name, adapter in carried.items():
         chosen = matches(config.target_modules, name, config.layers_to_transform)
-        if not chosen or type(adapter) is not type(planned[name]) or adapter.extra_repr() != planned[name].extra_repr():
+        same = type(adapter) is type(planned[name]) and adapter.settings() == planned[name].settings()
+        if not (chosen and same):
             raise LoRAError(f"{directory}: other settings than those of the model's adapter on {name}; load it afresh")
     return planned
 
 
 def _key(name: str, wrapped: Mapping[str, Adapter]) -> str:
-    """Key in the file of the parameter `name` of a model whose layers `wrapped` are adapted, or are to be."""
+    """Key in the file of the parameter `name` of a model whose layers `wrapped` are adapted, or are to be.
+
+    "query.lora_A" -> "...query.lora_A.weight"; "query.base.bias", before wrapping "query.bias" ->
+    "...query.base_layer.bias"; "classifier.dense.bias" -> "...classifier.dense.bias".
+    """
     module, _, own = name.rpartition(".")
     if module in wrapped and own in wrapped[module].peft_keys:
         return f"{_PREFIX}{module}.{wrapped[module].peft_keys[own]}"

@@ -8,6 +8,7 @@ regular expressions that never finish.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from lora.config import LoRAError
+from lora.config import LoRAConfig, LoRAError
 
 _LARGEST_JSON = _LARGEST_HEADER = 4 << 20  # bytes; the header of roberta-large's weights has 0.04 MiB
 # More than any encoder has layers to name; as many patterns as `re` keeps compiled.
@@ -111,7 +112,10 @@ def check_settings(path: Path, raw: dict[str, Any]) -> None:
         "rank_pattern": (numbers_by_name, "numbers by name"),
         "alpha_pattern": (numbers_by_name, "numbers by name"),
         "bias": (lambda value: isinstance(value, str), "none, lora_only or all"),
-        "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
+    } | {
+        field.name: (lambda value: isinstance(value, bool), "true or false")
+        for field in dataclasses.fields(LoRAConfig)
+        if field.type == "bool"
     }
     for name, (fits, what) in wanted.items():
         value = raw.get(name)

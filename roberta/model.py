@@ -50,7 +50,10 @@ class Embeddings(nn.Module):
 
 
 def kernel_has_dropout(device: torch.device) -> bool:
-    """Whether `scaled_dot_product_attention` has a fused kernel with dropout; without one it computes the formula."""
+    """Whether `scaled_dot_product_attention` has a fused kernel with dropout there; on a CPU it computes the formula.
+
+    The proofs replace this function to run either branch on a CPU.
+    """
     return device.type != "cpu"
 
 
@@ -72,16 +75,16 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(hidden, hidden)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
-    def forward(self, hidden_states: Tensor, key_mask: Tensor, queries: int | None = None) -> Tensor:
-        """(batch, seq, hidden) and a boolean (batch, 1, 1, seq), true at real tokens -> (batch, queries, hidden)."""
-        query = self.split_heads(self.query(hidden_states[:, :queries]))
+    def forward(self, hidden_states: Tensor, key_mask: Tensor, num_queries: int | None = None) -> Tensor:
+        """(batch, seq, hidden) and a boolean (batch, 1, 1, seq) -> (batch, num_queries, hidden); see `Attention`."""
+        query = self.split_heads(self.query(hidden_states[:, :num_queries]))
         key = self.split_heads(self.key(hidden_states))
         value = self.split_heads(self.value(hidden_states))
         dropout = self.dropout.p if self.training else 0.0
         if dropout == 0 or kernel_has_dropout(query.device):
             context = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask, dropout_p=dropout)
         else:
-            scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (batch, heads, queries, seq)
+            scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (batch, heads, num_queries, seq)
             probabilities = torch.softmax(scores.masked_fill(~key_mask, -math.inf), dim=-1)
             context = self.dropout(probabilities) @ value
         return context.transpose(1, 2).flatten(2)
@@ -120,14 +123,14 @@ class Attention(nn.Module):
         self.self = SelfAttention(config)
         self.output = AddAndNorm(config.hidden_size, config)
 
-    def forward(self, hidden_states: Tensor, key_mask: Tensor, queries: int | None = None) -> Tensor:
-        """(batch, seq, hidden) and a boolean (batch, 1, 1, seq), true at real tokens -> (batch, queries, hidden).
+    def forward(self, hidden_states: Tensor, key_mask: Tensor, num_queries: int | None = None) -> Tensor:
+        """(batch, seq, hidden) and a boolean (batch, 1, 1, seq), true at real tokens -> (batch, num_queries, hidden).
 
-        Only the first `queries` tokens are updated (in the last layer one, see `Encoder`), all of them by default; each
-        still attends to every real token.
+        Only the first `num_queries` tokens are updated (in the last layer one, see `Encoder`), all of them by default;
+        each still attends to every real token.
         """
-        context = self.self(hidden_states, key_mask, queries)
-        return self.output(context, residual=hidden_states[:, :queries])
+        context = self.self(hidden_states, key_mask, num_queries)
+        return self.output(context, residual=hidden_states[:, :num_queries])
 
 
 class Intermediate(nn.Module):
@@ -154,9 +157,9 @@ class Layer(nn.Module):
         self.intermediate = Intermediate(config)
         self.output = AddAndNorm(config.intermediate_size, config)
 
-    def forward(self, hidden_states: Tensor, key_mask: Tensor, queries: int | None = None) -> Tensor:
-        """(batch, seq, hidden) and a boolean (batch, 1, 1, seq) -> (batch, queries, hidden); see `Attention`."""
-        attended = self.attention(hidden_states, key_mask, queries)
+    def forward(self, hidden_states: Tensor, key_mask: Tensor, num_queries: int | None = None) -> Tensor:
+        """(batch, seq, hidden) and a boolean (batch, 1, 1, seq) -> (batch, num_queries, hidden); see `Attention`."""
+        attended = self.attention(hidden_states, key_mask, num_queries)
         return self.output(self.intermediate(attended), residual=attended)
 
 
@@ -177,7 +180,7 @@ class Encoder(nn.Module):
         *lower, last = self.layer
         for layer in lower:
             hidden_states = layer(hidden_states, key_mask)
-        return last(hidden_states, key_mask, queries=1 if first_token_only else None)
+        return last(hidden_states, key_mask, num_queries=1 if first_token_only else None)
 
 
 class Roberta(nn.Module):

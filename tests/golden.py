@@ -3,7 +3,7 @@
     python -m tests.golden        # writes the file anew: only after a change that was meant to change results
 
 Weights, texts and labels are sines and cosines rounded to multiples of 2^-20, so no random generator, no compiler's
-sine and no release of torch decides them. The second run has dropout: its masks come from ops/dropout.py, numpy's
+sine and no release of torch decides them. The second run has dropout: its masks come from cpu/dropout.py, numpy's
 SFC64 seeded by torch's generator, and it stands for their order and number.
 """
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpu.dropout import use_fast_dropout
 from data.batching import Batch, EncodedSplit, collate
 from lora.config import LoRAConfig
 from lora.inject import inject_lora
@@ -48,6 +49,7 @@ def model_of(dropout: float) -> RobertaForSequenceClassification:
         rank_pattern={"value": 2}, bias="none",
     )  # fmt: skip
     inject_lora(model, lora)
+    use_fast_dropout(model)
     with torch.no_grad():
         for number, (name, parameter) in enumerate(model.named_parameters()):
             values = wave(parameter.numel(), phase=number).view_as(parameter)

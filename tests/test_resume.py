@@ -253,8 +253,8 @@ def test_a_step_saved_again_never_leaves_none(tmp_path, monkeypatch):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
 
     def save(seconds):
-        position = checkpoint.TrainState(step=5, seconds=seconds)
-        checkpoint.save(tmp_path, position, model, optimizer, schedule, scaler, {}, keep=1)
+        train_state = checkpoint.TrainState(step=5, seconds=seconds)
+        checkpoint.save(tmp_path, train_state, model, optimizer, schedule, scaler, {}, keep=1)
 
     def killing(real, calls, at):
         def call(*arguments, **options):
@@ -282,9 +282,9 @@ def test_a_step_saved_again_never_leaves_none(tmp_path, monkeypatch):
         for second in range(1, 20):
             again = killed(seconds + 1, first), killed(seconds + 2, second)
             state, _, complaints = checkpoint.load(tmp_path)
-            assert seconds <= state["position"]["seconds"] <= seconds + 2 and not complaints, (first, second)
-            assert state["position"]["step"] == 5 and (again[1] or state["position"]["seconds"] == seconds + 2)
-            seconds = state["position"]["seconds"]
+            assert seconds <= state["train_state"]["seconds"] <= seconds + 2 and not complaints, (first, second)
+            assert state["train_state"]["step"] == 5 and (again[1] or state["train_state"]["seconds"] == seconds + 2)
+            seconds = state["train_state"]["seconds"]
             ends.add(again)
     assert ends == {(True, True), (True, False), (False, True), (False, False)}
     assert len([path for path in tmp_path.iterdir() if path.name.startswith("step-")]) == 1

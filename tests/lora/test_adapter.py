@@ -20,6 +20,9 @@ class ScaleAndShift(Adapter):
         self.m, self.c = self.parameter_like(base.out_features), self.parameter_like(base.out_features)
         nn.init.ones_(self.m), nn.init.zeros_(self.c)
 
+    def settings(self):
+        return {}
+
     def forward(self, x):
         return self.base(x) if self.is_merged else self.m * self.base(x) + self.c
 
@@ -89,3 +92,11 @@ def test_a_model_without_adapters_can_not_be_saved(tmp_path):
     model = unload_lora(inject_lora(network(), CONFIG))
     with pytest.raises(ValueError, match="carries no adapters"):
         save_adapter(model, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_adapters_have_the_mode_of_the_layer_that_they_wrap(training):
+    model = inject_lora(
+        network().train(training), LoRAConfig(dropout=0.5, target_modules=("first",), modules_to_save=())
+    )
+    assert {module.training for module in model.modules()} == {training}

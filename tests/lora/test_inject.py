@@ -54,7 +54,7 @@ def test_layers_ranks_and_alphas_by_pattern():
     )
     model = inject_lora(roberta(), config)
     found = {
-        name.removeprefix("roberta.encoder.layer."): (layer.rank, layer.alpha)
+        name.removeprefix("roberta.encoder.layer."): (layer.rank, layer.scaling * layer.rank)
         for name, layer in model.named_modules()
         if isinstance(layer, LoRALinear)
     }
@@ -75,15 +75,14 @@ def test_a_whole_name_needs_no_layer_number():
     assert adapted == {"roberta.encoder.layer.0.attention.self.query", whole}
 
 
-def test_a_bias_of_one_packed_block_is_trained_alone():
+def test_a_bias_of_query_is_trained_alone():
     model = inject_lora(roberta(1), LoRAConfig(rank=2, bias="lora_only", target_modules=("query",)))
     assert {name for name in trained(model) if "self" in name and "bias" in name} == {
         "roberta.encoder.layer.0.attention.self.query.base.bias"
     }
 
 
-def test_adapters_change_the_output_of_packed_blocks_too():
-    """The parent of a packed block reads its weights without calling it: a wrap alone would do nothing."""
+def test_adapters_change_the_output_of_attention():
     model = inject_lora(roberta(1), LoRAConfig(rank=2, target_modules=("value",))).eval()
     ids = torch.tensor([[0, 5, 6, 2]])
     before = model(ids, torch.ones_like(ids))

@@ -450,7 +450,7 @@ def test_alone_nothing_is_sent_and_nothing_seeded(monkeypatch):
 
 
 def test_processes_at_different_steps_are_refused(monkeypatch):
-    monkeypatch.setattr(World, "agree", lambda self, *values: (12, 0))  # another is at 12, and another at 0
+    monkeypatch.setattr(World, "all_reduce_max", lambda self, *values: (12, 0))  # another is at 12, and another at 0
     with pytest.raises(ConfigError, match="at step 12, another at step 0.*--output"):
         World(0, 2).check_same_step(12)
 
