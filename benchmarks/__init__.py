@@ -1,1 +1,1 @@
-"""Side by side with other ways to do the same: run as `python -m benchmarks.NAME`."""
+"""Speed and memory, measured: against peft + transformers, change by change, and as sizes grow."""

@@ -1,11 +1,12 @@
-"""What several processes gain: measured in those that torchrun started, or on paper for more than there are.
+"""What several processes gain: measured in those that torchrun started, or computed for more than there are.
 
     OMP_NUM_THREADS=1 python -m benchmarks.distributed
     OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 -m benchmarks.distributed
     python -m benchmarks.distributed --step-ms 10 50 200
 
 The model is RoBERTa-base with random weights, LoRA of rank 6 on query, key and value, and a head: 925,444 trainable
-parameters. The first two time the program's own step on the same texts a step, however many processes share them.
+parameters. The first two commands time the program's own step on the same texts per step, whatever the number of
+processes.
 """
 
 from __future__ import annotations
@@ -18,34 +19,30 @@ from typing import Literal
 
 import numpy as np
 import torch
-from ops.memory import keep_freed_memory
 
+from benchmarks.measure import MODELS, our_model, our_step
 from data.batching import EncodedSplit, collate
-from lora.config import LoRAConfig
-from lora.inject import count_parameters, inject_lora
-from roberta.config import RobertaConfig
-from roberta.model import RobertaForSequenceClassification
-from train import make_optimizer, make_schedule, train_step
+from lora.inject import count_parameters
 from training.command_line import parse_options, run_command
 from training.config import TrainConfig
 from training.distributed import World, join
 from training.precision import choose_compute
 
 _TRAINABLE = 925_444
-# Gbit/s and microseconds a hop: what is assumed of a network, not measured.
+# Gbit/s, and microseconds per hop: assumptions about a network, not measurements.
 _NETWORKS = {"1 Gbit/s Ethernet": (1, 50), "10 Gbit/s Ethernet": (10, 30), "200 Gbit/s InfiniBand": (200, 5)}
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Time a step in the processes that there are, or work out the step of more of them."""
+    """Time a step in the present processes, or compute the step of more of them."""
 
     batch_size: int = 16
-    """Texts in a step, over all processes."""
+    """Texts per step, over all processes."""
     length: int = 32
-    """Tokens of every text."""
+    """Tokens per text."""
     steps: int = 8
-    """Steps that are timed, after one to warm up."""
+    """Timed steps, after one to warm up."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     step_ms: tuple[float, ...] = ()
@@ -57,14 +54,14 @@ def ring_seconds(size: int, numbers: int, gbit: float, hop_us: float) -> float:
 
         2 (N - 1) hops, each of 1 / N of the message:  T = 2 (N - 1) (S / (N B) + L)
 
-    S bytes, B bytes a second that a process can send, L seconds of a hop. Source: Patarasuk & Yuan 2009, section 4.
+    S bytes, B bytes per second that a process can send, L seconds per hop. Source: Patarasuk & Yuan 2009, section 4.
     """
     return 2 * (size - 1) * (4 * numbers / size / (gbit * 1e9 / 8) + hop_us * 1e-6)
 
 
 def print_expected(step_ms: tuple[float, ...]) -> None:
-    """Efficiency t / (t + T): what is left of N times the speed if each process keeps the texts it has alone."""
-    print("| network | processes | message | " + " | ".join(f"step of {ms:g} ms" for ms in step_ms) + " |")
+    """Efficiency t / (t + T): the speed-up over N if each process keeps the number of texts that it has alone."""
+    print("| network | processes | all-reduce | " + " | ".join(f"step of {ms:g} ms" for ms in step_ms) + " |")
     print("|---|---|---|" + "---|" * len(step_ms))
     for name, (gbit, hop_us) in _NETWORKS.items():
         for size in (2, 8, 64):
@@ -74,18 +71,14 @@ def print_expected(step_ms: tuple[float, ...]) -> None:
 
 
 def measure(arguments: Arguments, world: World) -> None:
-    """Print the median time of a step, and of its message alone."""
+    """Print the median time of a step, and of its all-reduce alone."""
     world.take_gpu(arguments.device)
     compute = choose_compute(TrainConfig(device=arguments.device))
-    keep_freed_memory()
     torch.manual_seed(0)
-    model = RobertaForSequenceClassification(RobertaConfig(label_names=tuple("abcd")))
-    inject_lora(model, LoRAConfig(rank=6, alpha=14, target_modules=("query", "key", "value")))
+    model = our_model(MODELS["base"], 0.1, compute)
     trainable = count_parameters(model).trainable
     assert trainable == _TRAINABLE
-    model.to(compute.device).train()
-    optimizer = make_optimizer(model, 5e-4, 0.01, False)
-    schedule, scaler = make_schedule(optimizer, 1000, 0), compute.grad_scaler()
+    train = our_step(model, compute, world)
 
     rows, length = arguments.batch_size, arguments.length
     ids = np.random.default_rng(0).integers(3, 50_000, rows * length).astype(np.int32)
@@ -95,7 +88,7 @@ def measure(arguments: Arguments, world: World) -> None:
     for _ in range(arguments.steps + 1):
         world.wait()
         started = time.perf_counter()
-        loss = train_step(model, [batch], optimizer, schedule, scaler, compute, 1.0, world)
+        loss = train(batch)
         loss.item()  # waits for a GPU
         steps.append(time.perf_counter() - started)
         for parameter in model.parameters():
@@ -104,7 +97,7 @@ def measure(arguments: Arguments, world: World) -> None:
         started = time.perf_counter()
         world.sum_gradients(model.parameters(), loss).item()
         messages.append(time.perf_counter() - started)
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
     step, message = (1e3 * statistics.median(times[1:]) for times in (steps, messages))
     print(
         f"{world.size} process(es), {compute.describe()}: {rows} texts of {length} tokens in {step:,.0f} ms (median of "
@@ -114,7 +107,7 @@ def measure(arguments: Arguments, world: World) -> None:
 
 
 def main(arguments: Arguments, world: World) -> int:
-    """Measure, or work it out."""
+    """Measure or compute. Returns the exit code."""
     if arguments.step_ms:
         print_expected(arguments.step_ms)
     else:

@@ -1,10 +1,10 @@
-"""What loading a checkpoint takes: seconds, and memory beside the weights' own.
+"""Cost of loading a checkpoint: seconds, and memory beyond the weights.
 
     python -m benchmarks.loading
 
 A checkpoint of RoBERTa-large's size with random weights is written to a temporary folder and loaded in a process of its
-own. Counted is anonymous memory (`RssAnon` in Linux' /proc/self/status), read every two milliseconds: the file itself
-is mapped, and its pages are the kernel's to drop.
+own. Only anonymous memory counts (`RssAnon` in Linux' /proc/self/status, read every two milliseconds): the file itself
+is mapped, and the kernel can drop its pages.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Literal
 
 import torch
 
-from benchmarks import against_peft as bench
+from benchmarks.measure import MODELS
 from roberta.model import RobertaForSequenceClassification
 from roberta.weights import WEIGHTS_NAME, load_checkpoint, save_checkpoint
 from training.command_line import parse_options, run_command
@@ -30,27 +30,27 @@ from training.progress import say
 
 @dataclass(frozen=True)
 class Arguments:
-    """Load a checkpoint and say what it took."""
+    """Load a checkpoint and print what it costs."""
 
     model: Literal["minilm", "base", "large"] = "large"
-    """Whose sizes it has."""
+    """Model whose sizes it has."""
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that is no file's."""
+    """Memory of this process without mapped files."""
     found = re.search(r"^RssAnon:\s+(\d+) kB$", Path("/proc/self/status").read_text(encoding="ascii"), re.M)
     assert found is not None, "needs Linux"
     return 1024 * int(found[1])
 
 
 def load(folder: str) -> None:
-    """Load, and print seconds, bytes of weights, and the growth of anonymous memory at its height and at the end."""
-    torch.zeros(1)  # what torch itself takes first
-    before, heights, done = anonymous_bytes(), [0], threading.Event()
+    """Load, and print seconds, bytes of weights, and the growth of anonymous memory at its peak and at the end."""
+    torch.zeros(1)  # torch's own initial memory
+    before, readings, done = anonymous_bytes(), [0], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.002):
-            heights.append(anonymous_bytes())
+            readings.append(anonymous_bytes())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -60,21 +60,21 @@ def load(folder: str) -> None:
     done.set()
     watcher.join()
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    print(seconds, weights, max(heights) - before, anonymous_bytes() - before)
+    print(seconds, weights, max(readings) - before, anonymous_bytes() - before)
 
 
 def main(arguments: Arguments) -> int:
     """Write, load, print. Returns the exit code."""
     with tempfile.TemporaryDirectory() as folder:
-        save_checkpoint(RobertaForSequenceClassification(bench.MODELS[arguments.model]), folder)
+        save_checkpoint(RobertaForSequenceClassification(MODELS[arguments.model]), folder)
         size = (Path(folder) / WEIGHTS_NAME).stat().st_size
         command = [sys.executable, "-c", f"from benchmarks.loading import load; load({folder!r})"]
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     seconds, *counted = (float(text) for text in out.split())
-    weights, height, after = (number / 2**20 for number in counted)
+    weights, peak, after = (number / 2**20 for number in counted)
     say(
         f"{arguments.model}, {size / 2**20:,.0f} MiB of safetensors: {seconds:.2f} s, weights {weights:,.0f} MiB, "
-        f"memory grew by {height:,.0f} MiB at its height and by {after:,.0f} MiB in all"
+        f"memory grew by {peak:,.0f} MiB at its peak and by {after:,.0f} MiB at the end"
     )
     return 0
 

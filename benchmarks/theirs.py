@@ -1,6 +1,6 @@
 """The other side of the benchmarks: the same work in `transformers` and `peft`, as their users write it.
 
-python -m benchmarks.theirs AG_NEWS_FOLDER OUTPUT     the script whose time to the first step is taken
+python -m benchmarks.theirs AG_NEWS_FOLDER OUTPUT     the script whose time to the first step is measured
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import csv
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.measure import LORA, default_matmul
 from data.assets import fetch_checkpoint
 from data.batching import Batch
 from data.sources import Split
@@ -25,16 +27,17 @@ from training.precision import Compute
 
 
 def quiet() -> None:
-    """No bars and no advice among the figures."""
+    """No progress bars and no advice between the rows."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def versions() -> str:
-    """What is compared with."""
+    """Of the libraries that are compared with."""
     import peft
     import transformers
 
@@ -59,7 +62,7 @@ def _lora(config: LoRAConfig, dropout: float) -> Any:
 
 
 def fresh_peft_model(config: RobertaConfig, dropout: float, lora: LoRAConfig) -> nn.Module:
-    """RoBERTa of the same sizes with random weights, sdpa attention, and LoRA on it; in training mode."""
+    """RoBERTa of the same sizes with random weights, SDPA attention and LoRA, in training mode."""
     import peft
     import transformers
 
@@ -83,7 +86,7 @@ def fresh_peft_model(config: RobertaConfig, dropout: float, lora: LoRAConfig) ->
 
 
 def peft_model(ours: nn.Module, config: RobertaConfig, dropout: float, lora: LoRAConfig) -> nn.Module:
-    """The same with the weights of `ours`, frozen and trainable ones."""
+    """The same with the weights of `ours`, frozen and trainable."""
     model = fresh_peft_model(config, dropout, lora)
     mine = dict(ours.named_parameters())
     with torch.no_grad():
@@ -103,7 +106,8 @@ def step(model: nn.Module, compute: Compute) -> Callable[[Batch], Tensor]:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: max(0.0, 1 - i / 1000))
     scaler = compute.grad_scaler()
 
-    def one(batch: Batch) -> Tensor:
+    @default_matmul()
+    def train(batch: Batch) -> Tensor:
         ids, labels = batch.input_ids.to(compute.device), batch.labels.to(compute.device)
         mask = batch.attention_mask.to(compute.device).long()
         with compute.autocast():
@@ -117,11 +121,11 @@ def step(model: nn.Module, compute: Compute) -> Callable[[Batch], Tensor]:
         schedule.step()
         return loss.detach()
 
-    return one
+    return train
 
 
 def _trainer(checkpoint: Path, split: Split, lora: LoRAConfig, grouped: bool, on_gpu: bool, folder: str) -> Any:
-    """A `transformers.Trainer` on BERT's MiniLM with LoRA, dynamic padding, batches of 32."""
+    """A `transformers.Trainer` for MiniLM with LoRA, dynamic padding, batches of 32."""
     import datasets
     import peft
     import transformers
@@ -156,16 +160,17 @@ def _trainer(checkpoint: Path, split: Split, lora: LoRAConfig, grouped: bool, on
         processing_class=tokenizer,
         data_collator=transformers.DataCollatorWithPadding(tokenizer),
     )
-    trainer.remove_callback(transformers.PrinterCallback)  # prints a line among the figures
+    trainer.remove_callback(transformers.PrinterCallback)  # prints lines between the rows
     return trainer
 
 
 def trainer_epoch(
     checkpoint: Path, split: Split, lora: LoRAConfig, grouped: bool, device: torch.device
 ) -> Callable[[], None]:
-    """A call that does what a script with `Trainer` does for one epoch, from loading the model on."""
+    """A call that does what a script with `Trainer` does in one epoch, starting with loading the model."""
 
-    def one() -> None:
+    @default_matmul()
+    def epoch() -> None:
         import datasets
 
         datasets.disable_caching()
@@ -173,11 +178,11 @@ def trainer_epoch(
         with tempfile.TemporaryDirectory() as folder:
             _trainer(checkpoint, split, lora, grouped, device.type == "cuda", folder).train()
 
-    return one
+    return epoch
 
 
 def main() -> None:
-    """Load data and model, train, and say when the first step is done."""
+    """Load data and model, train, and write a file after the first step."""
     import transformers
 
     quiet()
@@ -189,9 +194,9 @@ def main() -> None:
 
     class FirstStep(transformers.TrainerCallback):
         def on_step_end(self, *_arguments: Any, **_more: Any) -> None:
-            print("first step", flush=True)
+            Path(output, "first_step").write_text("done", encoding="utf-8")
 
-    trainer = _trainer(minilm_directory(), split, LoRAConfig(rank=6, alpha=14), False, False, output)
+    trainer = _trainer(minilm_directory(), split, LORA, False, False, output)
     trainer.add_callback(FirstStep())
     trainer.train()
 
