@@ -1,40 +1,40 @@
-"""What each change for speed is worth: a training step with it, against one without it, by turns.
+"""What each change for speed is worth: a training step with it against one without it, interleaved.
 
     python -m benchmarks.ablations
 
-Every change is undone by putting the plain form back in its place; the figure is the ratio of the two times (without
-over with, so that more is better), as median and range of the pairs. What was predicted of each, and why it was kept
-or dropped, is in docs/performance.md.
+Each change is undone alone. The result is the ratio of the two times (without over with: more is better) as median and
+range of the pairs. What was expected of each is in docs/performance.md.
 """
 
 from __future__ import annotations
 
-import statistics
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
-import ops.linear
-import roberta.attention
+import numpy as np
 import torch
-import torch.nn.functional as F
-from lora.packed import PackedLoRALinear, _Adapted
-from ops.dropout import Dropout, dropout_mask, rounded
-from ops.linear import linear
-from ops.memory import keep_freed_memory
-from roberta.attention import _split_heads
-from torch import Tensor
+from torch import nn
 
-import roberta.model
-from benchmarks import against_peft as bench
-from roberta.model import Roberta
+import data.batching
+from benchmarks import measure
+from benchmarks.own_process import step_in_own_process
+from benchmarks.theirs import minilm_directory
+from cpu.dropout import FastDropout
+from data.batching import encode_split, training_batches
+from roberta.model import Encoder
+from roberta.tokenizer import TextTokenizer
 from training.command_line import parse_options, run_command
 from training.config import TrainConfig
 from training.precision import Compute, choose_compute
 from training.progress import say
+
+Call = Callable[[], Any]
+_FORWARD = Encoder.forward
 
 
 @dataclass(frozen=True)
@@ -46,165 +46,69 @@ class Arguments:
     model: Literal["minilm", "base"] = "minilm"
     """MiniLM's sizes and 32 texts of 64 tokens, or RoBERTa-base's and 32 of 128."""
     pairs: int = 12
-    """Pairs of steps for each."""
+    """Pairs of steps of each row."""
+    text: Path = Path("../shared/ag_news_csv")
+    """Folder of AG News' train.csv and test.csv; without it the rows of whole epochs are omitted."""
 
 
-def torchs_dropout(self: Dropout, x: Tensor) -> Tensor:
-    """Masks drawn by torch, one number at a time."""
-    return F.dropout(x, self.p, self.training)
-
-
-def float_masks(self: Dropout, x: Tensor) -> Tensor:
-    """The same masks, kept for the backward pass as floats."""
-    if not self.training or self.p == 0:
-        return x
-    return x * dropout_mask(x.shape, self.p).to(x.dtype).mul_(1 / (1 - rounded(self.p)))
-
-
-def all_tokens(self: Roberta, input_ids: Tensor, attention_mask: Tensor, first_token_only: bool = False) -> Tensor:
-    """The last layer for every token."""
-    key_mask = attention_mask.bool()[:, None, None, :]
-    return self.encoder(self.embeddings(input_ids, attention_mask), key_mask)
-
-
-def three_projections(self: PackedLoRALinear, x: Tensor, blocks: tuple[str, ...] | None = None) -> Tensor:
-    """Query, key and value one after the other, each with its own update."""
-    return torch.cat([self.get_submodule(name)(x) for name in blocks or self.packed_blocks], dim=-1)
-
-
-def update_by_autograd(x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """Packed, but the update is a product of its own, there and back, whose gradients torch derives."""
-    return linear(x, weight, bias) + linear(linear(x if dropped is None else dropped, A), B)
-
-
-def torchs_products(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """Attention's products by torch's own matmul."""
-    return torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=scale)
-
-
-def fused_attention(
-    projections: tuple[Tensor, ...], num_heads: int, key_mask: Tensor, dropout_prob: float = 0.0
-) -> Tensor:
-    """torch's attention: a fused kernel without dropout; with dropout a CPU has none, and draws torch's masks."""
-    query, key, value = _split_heads(projections, num_heads)
-    context = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask, dropout_p=dropout_prob)
-    return context.transpose(1, 2).flatten(2)
-
-
-@contextmanager
-def put(owner: Any, name: str, plain: Any) -> Iterator[None]:
-    """`plain` in the place of a method or a name of a module, for a while."""
-    kept = getattr(owner, name)
-    setattr(owner, name, plain)
-    try:
-        yield
-    finally:
-        setattr(owner, name, kept)
-
-
-CHANGES: list[tuple[str, float, Any, str, Any]] = [
-    ("matmuls by oneDNN", 0.0, ops.linear, "_ONEDNN", None),
-    ("attention written out", 0.0, roberta.model, "attention", fused_attention),
-    ("attention written out, with dropout", 0.1, roberta.model, "attention", fused_attention),
-    ("attention's products by oneDNN", 0.0, roberta.attention, "batched_product", torchs_products),
-    ("dropout masks from bulk random bits", 0.1, Dropout, "forward", torchs_dropout),
-    ("masks kept as bytes", 0.1, Dropout, "forward", float_masks),
-    ("last layer on <s> alone", 0.0, Roberta, "forward", all_tokens),
-    ("query, key, value and their updates packed", 0.0, PackedLoRALinear, "forward", three_projections),
-    ("update within the stacked weights, its way back written out", 0.0, _Adapted, "apply", update_by_autograd),
-    ("the same with dropout", 0.1, _Adapted, "apply", update_by_autograd),
-    ("columns that crowd a cache copied", 0.0, ops.linear, "_transposed", torch.t),
-]
-
-
-def worth(name: str, with_it: Callable[[], Any], without: Callable[[], Any], compute: Compute, pairs: int) -> None:
-    """Measure by turns and print a row."""
-    ratio = bench.by_turns(name, with_it, without, compute, pairs, warm_up=2)
-    show(name, ratio.ratios, ratio.ours, ratio.theirs)
-
-
-def show(name: str, ratios: list[float], with_it: float, without: float) -> None:
-    """Print a row: ratio of the pairs, and the median times in seconds."""
-    say(
-        f"{name:<60} {statistics.median(ratios):5.2f}x  ({min(ratios):.2f} to {max(ratios):.2f})   "
-        f"{1000 * with_it:6.0f} ms with, {1000 * without:6.0f} ms without"
-    )
-
-
-_STEP = """
-import statistics, sys
-from benchmarks import against_peft as bench
-from ops.memory import keep_freed_memory
-from training.config import TrainConfig
-from training.precision import choose_compute
-kept, model, rows, length = sys.argv[1] == "kept", sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-compute = choose_compute(TrainConfig(device="cpu"))
-if kept:
-    keep_freed_memory()
-batch = bench.random_batch(bench.MODELS[model], rows, length, compute.device)
-step = bench.our_step(bench.our_model(bench.MODELS[model], 0.0), compute)
-step(batch)
-print(statistics.median(bench.seconds_of(lambda: step(batch), compute) for _ in range(5)))
-"""
-
-
-def kept_memory(name: str, model: str, rows: int, length: int, pairs: int) -> None:
-    """Measure processes by turns, as malloc is told once for all, and print a row."""
-    seconds: dict[str, list[float]] = {"kept": [], "given back": []}
-    for _ in range(pairs):
-        for how, found in seconds.items():
-            command = [sys.executable, "-c", _STEP, how, model, str(rows), str(length)]
-            found.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
-    kept, given_back = seconds.values()
-    ratios = [b / a for a, b in zip(kept, given_back, strict=True)]
-    show(name, ratios, statistics.median(kept), statistics.median(given_back))
+def random_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """As `bucketed_batches`, whatever the lengths."""
+    rows = np.random.default_rng((seed, epoch)).permutation(len(lengths))
+    return [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
 
 
 def main(arguments: Arguments) -> int:
-    """Print a row for each change. Returns the exit code."""
-    compute = choose_compute(TrainConfig(device="cpu"))
-    keep_freed_memory()
+    """Print one row per change. Returns the exit code."""
     torch.manual_seed(0)
-    config, length = bench.MODELS[arguments.model], 64 if arguments.model == "minilm" else 128
-    batch = bench.random_batch(config, 32, length, compute.device)
-    say(
-        f"{bench.processor()}, {compute.describe()}, torch {torch.__version__}; {arguments.model}, 32 x {length}, "
-        "r = 6 on q, k, v"
-    )
-    for name, dropout, owner, method, plain in CHANGES:
-        if arguments.only not in name:
-            continue
-        step = bench.our_step(bench.our_model(config, dropout), compute)
+    fp32, bf16 = choose_compute(TrainConfig(device="cpu")), Compute(torch.device("cpu"), "bf16")
+    config, length = measure.MODELS[arguments.model], 64 if arguments.model == "minilm" else 128
+    batch = measure.random_batch(config, 32, length, fp32.device)
 
-        def without(step: Any = step, owner: Any = owner, method: str = method, plain: Any = plain) -> None:
-            with put(owner, method, plain):
-                step(batch)
+    def step(dropout: float = 0.0, compute: Compute = fp32, compiled: str = "off") -> Call:
+        train = measure.our_step(compute.compiled(measure.our_model(config, dropout, compute), compiled), compute)
+        return lambda: train(batch)
 
-        worth(name, lambda step=step: step(batch), without, compute, arguments.pairs)
+    def epoch(padding: Literal["longest", "max_length"] = "longest") -> Call:
+        tokenizer = TextTokenizer.from_directory(minilm_directory(), 128)
+        split = encode_split(measure.ag_news(arguments.text, 320), tokenizer)
+        train = measure.our_step(measure.our_model(config, 0.0, fp32), fp32)
+        return lambda: [train(batch) for batch in training_batches(split, 32, tokenizer.pad_token_id, 0, 1, padding)]
 
-    name = f"memory kept, {arguments.model} 32 x {length}"
-    if arguments.only in name:
-        kept_memory(name, arguments.model, 32, length, max(1, arguments.pairs // 4))
-    if arguments.only in "bfloat16 on this CPU":
-        half = Compute(torch.device("cpu"), "bf16")
-        model = bench.our_model(config, 0.0)
-        half.cast_frozen(model.roberta)
-        plain, cast = bench.our_step(bench.our_model(config, 0.0), compute), bench.our_step(model, half)
-        worth("bfloat16 on this CPU", lambda: cast(batch), lambda: plain(batch), compute, arguments.pairs)
-    if arguments.only in "torch.compile on this CPU":
-        model = bench.our_model(config, 0.0)
-        eager, compiled = bench.our_step(model, compute), bench.our_step(compute.compiled(model, "on"), compute)
-        worth("torch.compile on this CPU", lambda: compiled(batch), lambda: eager(batch), compute, arguments.pairs)
-    if arguments.only in "inference in pieces of 16 texts":
-        model = bench.our_model(config, 0.0).eval()
+    def undone(call: Call, undo: Callable[[Call], Call]) -> tuple[Call, Call]:
+        return call, undo(call)
 
-        @torch.no_grad()
-        def infer(rows: int) -> list[Tensor]:
-            pairs = zip(batch.input_ids.split(rows), batch.attention_mask.split(rows), strict=True)
-            return [model(ids, mask) for ids, mask in pairs]
+    with ExitStack() as processes:
 
-        name = "inference in pieces of 16 texts"
-        worth(name, lambda: infer(16), lambda: infer(32), compute, arguments.pairs)
+        def in_own_process(**environment: str) -> Call:
+            step = step_in_own_process("ours", arguments.model, 32, length, 0.0, **environment)
+            return processes.enter_context(step)
+
+        rows: dict[str, Callable[[], tuple[Call, Call]]] = {
+            "last layer on <s> alone": lambda: undone(
+                step(), patch.object(Encoder, "forward", lambda self, x, key_mask, _: _FORWARD(self, x, key_mask))
+            ),
+            "dropout masks from bulk random bits (dropout 0.1)": lambda: undone(
+                step(dropout=0.1), patch.object(FastDropout, "forward", nn.Dropout.forward)
+            ),
+            "float32 matmuls by oneDNN": lambda: undone(step(), measure.default_matmul()),
+            # Any setting of malloc in the environment, also an empty one, takes the place of the program's.
+            "freed memory kept": lambda: (in_own_process(), in_own_process(GLIBC_TUNABLES="")),
+            "torch.compile (a setting)": lambda: (step(compiled="on"), step()),
+        }
+        if (arguments.text / "train.csv").is_file():
+            rows["batches of similar length (320 AG News texts)"] = lambda: undone(
+                epoch(), patch.object(data.batching, "bucketed_batches", random_batches)
+            )
+            rows["padding to the longest of a batch (320 AG News texts)"] = lambda: (epoch(), epoch("max_length"))
+        if arguments.model == "minilm":  # may take 20 times as long as float32
+            rows["bfloat16 (a setting)"] = lambda: (step(compute=bf16), step())
+
+        say(f"{measure.processor()}, {fp32.describe()}, torch {torch.__version__}; {arguments.model}, 32 x {length}")
+        for name, pair in rows.items():
+            if arguments.only in name:
+                slow = "AG News" in name or "bfloat16" in name
+                pairs = max(1, arguments.pairs // 4) if slow else arguments.pairs
+                say(measure.interleaved(name, *pair(), fp32, pairs).line())
     return 0
 
 
