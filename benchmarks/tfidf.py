@@ -2,8 +2,8 @@
 
     python -m benchmarks.tfidf experiments/quickstart.toml
 
-The strength of the regularisation is chosen on the same validation rows that a LoRA run chooses its epoch on; the
-final model then sees every training text, the validation rows included.
+The strength of the regularisation is chosen on the same validation rows on which a LoRA run chooses its epoch; the
+final model is then fitted on every training text, including the validation rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ REGULARISATIONS = (1.0, 10.0, 100.0)
 
 
 def main() -> int:
-    """Choose C on validation, fit on train + validation, print the accuracy on the test split."""
+    """Choose C on validation, fit on train + validation, print the test accuracy. Returns the exit code."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import Pipeline, make_pipeline
@@ -33,8 +33,8 @@ def main() -> int:
     started = time.perf_counter()
     scores = {c: fit(text.train, c).score(text.validation.texts, text.validation.labels) for c in REGULARISATIONS}
     chosen = max(scores, key=scores.__getitem__)
-    whole = Split(text.train.texts + text.validation.texts, text.train.labels + text.validation.labels)
-    accuracy = fit(whole, chosen).score(text.test.texts, text.test.labels)
+    everything = Split(text.train.texts + text.validation.texts, text.train.labels + text.validation.labels)
+    accuracy = fit(everything, chosen).score(text.test.texts, text.test.labels)
     seconds = time.perf_counter() - started
     print(f"{text.origin}: TF-IDF + logistic regression (C = {chosen:g}), test accuracy {100 * accuracy:.2f} %", end="")
     print(f", {seconds:.0f} s")
