@@ -94,7 +94,8 @@ def step_ratio(
         ours, other = compute.compiled(ours, "on"), torch.compile(other, dynamic=False)
     our, their = our_step(ours, compute), theirs.step(other, compute)
     name = f"training step, {model} {rows} x {length}, dropout {dropout:g}" + (", both compiled" if compiled else "")
-    ratio = interleaved(name, lambda: our(batch), lambda: their(batch), compute, pairs)
+    warm_up = 3 if compiled else None  # a side may be compiled a second time
+    ratio = interleaved(name, lambda: our(batch), lambda: their(batch), compute, pairs, warm_up)
     return dataclasses.replace(ratio, note=f"   {rows * length / ratio.ours:,.0f} tokens/s")
 
 
