@@ -70,7 +70,7 @@ def open_weights(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: not a whole safetensors file ({reason}); fetch the checkpoint again") from None
+        raise CheckpointError(f"{path}: not a complete safetensors file ({reason}); fetch the checkpoint again") from None
 
 
 def non_float_tensors(file: Any) -> dict[str, str]:

@@ -156,7 +156,7 @@ def test_a_broken_adapter_is_one_line(command, finished):
     weights = folder / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     code, _, err = command(folder)
-    assert code == EXIT_BAD_INPUT and "adapter_model.safetensors: not a whole safetensors file" in err
+    assert code == EXIT_BAD_INPUT and "adapter_model.safetensors: not a complete safetensors file" in err
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"})[:-3])
     code, _, err = command(folder)
     assert code == EXIT_BAD_INPUT and err.count("\n") == 1

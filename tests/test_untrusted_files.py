@@ -126,7 +126,7 @@ def test_tensors_of_other_types_are_named(weights, kind):
 def test_wrong_header_lengths(weights, stated):
     path, read, error = weights
     write(path, *parts(path), stated=stated)
-    refused(error, "not a whole safetensors file", read)
+    refused(error, "not a complete safetensors file", read)
 
 
 def test_a_header_of_a_million_names_is_not_read(weights):
@@ -144,9 +144,9 @@ def test_overlapping_tensors_and_gaps(weights):
     header, body = parts(path)
     first, second, *_ = sorted(set(header) - {"__metadata__"}, key=lambda name: header[name]["data_offsets"])
     write(path, header | {second: header[second] | {"data_offsets": header[first]["data_offsets"]}}, body)
-    refused(error, "not a whole safetensors file", read)
+    refused(error, "not a complete safetensors file", read)
     write(path, header, body + b"more than stated")
-    refused(error, "not a whole safetensors file", read)
+    refused(error, "not a complete safetensors file", read)
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["a known tensor", "an unknown one"])
@@ -159,7 +159,7 @@ def test_a_huge_tensor_uses_no_memory(weights, own):
     entry = {"dtype": "F32", "shape": [1 << 32], "data_offsets": [begin, begin + (1 << 34)]}
     write(path, header | {last if own else "unknown": entry}, body[:begin])
     os.truncate(path, path.stat().st_size + (1 << 34))
-    refused(error, "wrong shape|holds unexpected|not a whole safetensors file", read)
+    refused(error, "wrong shape|holds unexpected|not a complete safetensors file", read)
 
 
 def test_a_model_larger_than_the_memory_is_named(folder, monkeypatch):

@@ -167,7 +167,7 @@ def test_a_wrong_shape_is_an_error_that_gives_both(saved):
 def test_a_broken_weight_file_is_an_error_that_names_it(saved, content):
     model, folder = saved
     (folder / "adapter_model.safetensors").write_bytes(content)
-    with pytest.raises(LoRAError, match=r"adapter_model.safetensors: not a whole safetensors file"):
+    with pytest.raises(LoRAError, match=r"adapter_model.safetensors: not a complete safetensors file"):
         load_adapter(model, folder)
 
 
@@ -185,7 +185,7 @@ def test_a_truncated_weight_file_is_an_error(saved):
     model, folder = saved
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(LoRAError, match="not a whole safetensors file"):
+    with pytest.raises(LoRAError, match="not a complete safetensors file"):
         load_adapter(model, folder)
 
 

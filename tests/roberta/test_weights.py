@@ -114,13 +114,13 @@ def test_missing_unexpected_and_misshapen_keys_are_listed(folder):
 @pytest.mark.parametrize("content", [b"", b"short", b"not safetensors at all", b"\xff" * 100])
 def test_a_file_that_is_no_safetensors(folder, content):
     (folder / "model.safetensors").write_bytes(content)
-    refused(folder, r"model\.safetensors: not a whole safetensors file")
+    refused(folder, r"model\.safetensors: not a complete safetensors file")
 
 
 def test_a_truncated_file(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
-    refused(folder, r"model\.safetensors: not a whole safetensors file")
+    refused(folder, r"model\.safetensors: not a complete safetensors file")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
