@@ -1,4 +1,4 @@
-"""The parameter budget of a run, checked on shapes alone, before weights are read or a device is touched."""
+"""The parameter budget of a run, checked on shapes alone, before weights are read or a device is used."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from training.errors import ConfigError
 
 
 def trainable_parameters(model_config: RobertaConfig, lora: LoRAConfig) -> int:
-    """Trainable parameters of this model with these adapters: built without memory, and counted."""
+    """Trainable parameters of this model with these adapters, counted on the meta device."""
     return count_on_meta(lambda: RobertaForSequenceClassification(model_config), lora).trainable
 
 
 def check_budget(model_config: RobertaConfig, lora: LoRAConfig, max_trainable: int | None) -> None:
     """Raise ConfigError if more than `max_trainable` parameters would be trained, naming the largest rank that fits.
 
-    Also raises what `inject_lora` raises for these settings, which is why it is worth calling without a budget.
+    Raises what `inject_lora` raises for these settings, also without a budget.
     """
     trainable = trainable_parameters(model_config, lora)
     if max_trainable is None or trainable <= max_trainable:

@@ -1,25 +1,23 @@
-"""Checkpoints of a run: all that its rest depends on, so that a run cut off anywhere goes on bit for bit.
+"""Checkpoints of a run: everything the remaining steps depend on, so that an interrupted run resumes bit for bit.
 
 checkpoint/step-00000120/
     tensors.safetensors   trainable parameters, optimizer moments, states of torch's random generators
     state.json            counters, schedule, scaler, best score, states of Python's and numpy's generators
     sha256.json           hashes of the two, written last
 
-A checkpoint is made under another name, flushed to the disk and renamed: it is there whole or not at all. One whose
-bytes have changed since is found out by its hashes, and the one before it is used. Nothing in it can run code: tensors
-are safetensors, the rest is JSON.
+A checkpoint is written under another name, flushed to the disk and renamed, so it is complete or absent. If its bytes
+have changed since, the hashes differ, and the previous checkpoint is used. Nothing in it can run code: tensors are
+safetensors, the rest is JSON.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import random
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,18 +39,18 @@ _NAME = re.compile(r"step-(\d+)(?:\.(\d+))?")
 
 @dataclass
 class TrainState:
-    """Where the loop stands: everything that it counts, and nothing that belongs to one process alone."""
+    """State of the training loop, the same in every process."""
 
     epoch: int = 1
-    """The epoch that is being trained, from 1."""
+    """Current epoch, from 1."""
     step_of_epoch: int = 0
-    """Optimizer steps done in it."""
+    """Optimizer steps done in this epoch."""
     step: int = 0
-    """Optimizer steps done in all."""
+    """Optimizer steps done in total."""
     epoch_loss: float = 0.0
-    """Sum of the losses read so far in this epoch, in nats."""
+    """Sum of the losses logged so far in this epoch, in nats."""
     epoch_steps: int = 0
-    """How many those are."""
+    """Number of these losses."""
     unread: list[tuple[float, float]] = field(default_factory=list)
     """Learning rate and loss of each step since the last logged line."""
     tokens: int = 0
@@ -61,11 +59,11 @@ class TrainState:
     """Validation scores of the best epoch so far."""
     best_epoch: int = 0
     metrics_bytes: int = 0
-    """Length of metrics.jsonl: what was logged later is logged again."""
+    """Length of metrics.jsonl: lines after it are removed on resume and logged again."""
     seconds: float = 0.0
-    """Wall time of the run so far, over all its processes."""
+    """Wall time of the run so far, interruptions excluded."""
     train_seconds: float = 0.0
-    """The part of it within the loop."""
+    """The part of it spent in the training loop."""
 
 
 def save(
@@ -98,18 +96,23 @@ def save(
         "fingerprints": fingerprints,
     }
     folder.mkdir(exist_ok=True)
-    for left_over in folder.glob(".part-*"):  # of a process that was killed
+    for left_over in folder.glob(".part-*"):  # from a killed process
         shutil.rmtree(left_over)
     part = folder / f".part-{os.getpid()}"
     part.mkdir()
     try:
-        _write(part / "tensors.safetensors", lambda path: _save_tensors(tensors, path))
-        _write(part / "state.json", lambda path: path.write_text(json.dumps(state), encoding="utf-8"))
+        try:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part / _FILES[0])
+        except SafetensorError as error:  # the library's own error, also for a full disk
+            raise OSError(str(error)) from None
+        (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
         hashes = {name: sha256_of(part / name) for name in _FILES}
-        _write(part / "sha256.json", lambda path: path.write_text(json.dumps(hashes), encoding="utf-8"))
+        (part / "sha256.json").write_text(json.dumps(hashes), encoding="utf-8")
+        for name in (*_FILES, "sha256.json"):
+            flush(part / name)
         final = folder / f"step-{train_state.step:08d}"
         superseded = [path for path in _newest_first(folder) if path.stem == final.name]
-        if superseded:  # the same step again, after a resume: a name of its own, so that there is never none
+        if superseded:  # the same step again, after a resume: under a new name, so that one always exists
             final = folder / f"{final.name}.{int(superseded[0].suffix[1:] or 0) + 1}"
         part.rename(final)
         flush(folder)
@@ -123,9 +126,9 @@ def save(
 
 
 def load(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], list[str]] | None:
-    """The newest whole checkpoint as (state, tensors, complaints about newer ones that are damaged); None without any.
+    """The newest intact checkpoint as (state, tensors, messages about newer damaged ones); None if there is none.
 
-    Raises ConfigError if there are checkpoints, but every one is damaged.
+    Raises ConfigError if every checkpoint is damaged.
     """
     complaints: list[str] = []
     for path in _newest_first(folder):
@@ -133,7 +136,7 @@ def load(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], list[str]] | 
             hashes = json.loads((path / "sha256.json").read_text(encoding="utf-8"))
             wrong = [name for name in _FILES if sha256_of(path / name) != hashes[name]]
             if wrong:
-                raise ValueError(f"{wrong[0]} is not what was written")
+                raise ValueError(f"{wrong[0]} has changed since it was written")
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))
             return state, load_file(path / "tensors.safetensors"), complaints
         except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
@@ -151,29 +154,22 @@ def restore(
     schedule: torch.optim.lr_scheduler.LRScheduler,
     scaler: torch.amp.GradScaler,
 ) -> TrainState:
-    """Put a checkpoint's values where they belong, random states included, and return where the loop stands.
+    """Restore model, optimizer, schedule, scaler and random states in place, and return the state of the loop.
 
-    Raises ConfigError if it is one of another run: a value is missing, or of another type or shape.
+    Raises ConfigError if the checkpoint is from another run: a value is missing, or has another type or shape.
     """
-    with _refused_if_of_another_run():
+    try:
         with torch.no_grad():
             for name, value in _trainable(model):
-                held = tensors[f"parameter/{name}"]
-                if held.shape != value.shape:  # `copy_` would repeat a single number
-                    raise ValueError(f"{name} is {list(held.shape)}, not {list(value.shape)}")
-                value.copy_(held)
-                moments = {
-                    key.split("/", 2)[1]: tensor
+                saved = tensors[f"parameter/{name}"]
+                if saved.shape != value.shape:  # `copy_` would broadcast
+                    raise ValueError(f"{name} is {list(saved.shape)}, not {list(value.shape)}")
+                value.copy_(saved)
+                optimizer.state[value] = {
+                    key.split("/", 2)[1]: tensor.to(value.device)
                     for key, tensor in tensors.items()
                     if key.startswith("optimizer/") and key.split("/", 2)[2] == name
                 }
-                if moments:  # AdamW counts steps in a tensor on the CPU, unless it is fused
-                    optimizer.state[value] = {
-                        key: moment
-                        if key == "step" and not optimizer.defaults.get("fused")
-                        else moment.to(value.device)
-                        for key, moment in moments.items()
-                    }
         schedule.load_state_dict({**schedule.state_dict(), **state["schedule"]})
         for group, rate in zip(optimizer.param_groups, state["learning_rates"], strict=True):
             group["lr"] = rate
@@ -192,13 +188,6 @@ def restore(
             values["best"] = Scores(**values["best"])
         values["unread"] = [(rate, loss) for rate, loss in values["unread"]]
         return TrainState(**values)
-
-
-@contextlib.contextmanager
-def _refused_if_of_another_run() -> Iterator[None]:
-    """Whatever does not fit becomes one ConfigError."""
-    try:
-        yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ConfigError(
@@ -207,12 +196,12 @@ def _refused_if_of_another_run() -> Iterator[None]:
 
 
 def check_fingerprints(found: dict[str, str], wanted: dict[str, str]) -> None:
-    """Raise ConfigError that names what has changed since the checkpoint was written."""
+    """Raise ConfigError naming the inputs that have changed since the checkpoint was written."""
     changed = [name for name in wanted if found.get(name) != wanted[name]]
     if changed:
         raise ConfigError(
-            f"--resume: {', '.join(changed)} changed since the run was cut off; put it back, or start again with "
-            "--overwrite"
+            f"--resume: {', '.join(changed)} changed since the run was interrupted; restore the original, or start "
+            "again with --overwrite"
         )
 
 
@@ -221,19 +210,7 @@ def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    """step-00000130, step-00000120.1, step-00000120: a step that was saved again has a number behind it."""
+    """step-00000130, step-00000120.1, step-00000120: the suffix counts how often a step was saved again."""
     names = [(_NAME.fullmatch(path.name), path) for path in folder.glob("step-*")]
     found = [(int(name[1]), int(name[2] or 0), path) for name, path in names if name]
     return [path for *_, path in sorted(found, reverse=True)]
-
-
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, str(path))
-    except SafetensorError as error:  # the library's own error, also for a full disk
-        raise OSError(str(error)) from None
-
-
-def _write(path: Path, write: Any) -> None:
-    write(path)
-    flush(path)

@@ -1,6 +1,6 @@
-"""Files made from templates: HTML pages that load nothing from anywhere, and the Markdown of a model card.
+"""Files rendered from templates: HTML pages without network requests, and the Markdown of a model card.
 
-What comes from data is shown as text, never as markup: HTML is escaped automatically, Markdown by the filter `md`.
+Values from data are shown as text, never as markup: HTML is escaped automatically, Markdown by the filter `md`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def write_page(template: str, path: Path, /, **values: Any) -> None:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write a text file atomically: a reader sees the old file or the whole new one."""
+    """Write a text file atomically: a reader sees the old file or the complete new one."""
     with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8", errors="replace")
 
