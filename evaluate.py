@@ -184,7 +184,7 @@ def classify(trained: Trained, texts: list[str]) -> torch.Tensor:
     texts = [trained.clean(text) for text in texts]
     split = encode_split(Split(texts, [0] * len(texts)), trained.tokenizer)
     if split.truncated:
-        say(f"            {split.truncated:,} texts are longer than {split.max_length} tokens and are cut there")
+        say(f"            {split.truncated:,} texts are longer than {split.max_length} tokens and are truncated")
     return torch.softmax(_logits(trained, split), dim=1)
 
 

@@ -1,7 +1,7 @@
-"""What all commands share: options from dataclasses, errors of the user as one line, and exit codes.
+"""Shared by all commands: options from dataclasses, user errors as one line, and exit codes.
 
-0 success, 1 a run of a table failed, 2 an input can't be used (one line says which and how to fix it), 3 another
-process of the same run died, 130 or 143 stopped by Ctrl-C or SIGTERM. Any other error is a bug and keeps its traceback.
+0 success, 1 a run of a table failed, 2 an input can't be used (one line names it and the fix), 3 another process of the
+same run died, 130 or 143 stopped by Ctrl-C or SIGTERM. Any other error is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ EXIT_BAD_INPUT = 2
 EXIT_LOST = 3
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
-# In plain RuntimeErrors of torch: on a CPU ("DefaultCPUAllocator: can't allocate memory", on Windows "not enough
-# memory"), on Apple's GPU ("MPS backend out of memory"), in CUDA's libraries (CUBLAS_STATUS_ALLOC_FAILED).
+# In RuntimeErrors of torch: "DefaultCPUAllocator: can't allocate memory" (on Windows "not enough memory"), "MPS backend
+# out of memory", CUBLAS_STATUS_ALLOC_FAILED.
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 
 def run_command(command: Callable[[], int], world: World = ALONE) -> int:
-    """Run `command` and return its exit code; an error of the user becomes one line on stderr and exit code 2.
+    """Run `command` and return its exit code; a user error becomes one line on stderr and exit code 2.
 
-    Of several processes only the first that fails prints a line; the others fail because of it or for the same reason.
+    Of several processes only the first that fails prints a line.
     """
     code = EXIT_BAD_INPUT
     try:
@@ -60,7 +60,7 @@ def run_command(command: Callable[[], int], world: World = ALONE) -> int:
 
 
 def _memory_message(error: Exception) -> str:
-    """The message for an error that means that memory is used up; empty for any other."""
+    """The message for an out-of-memory error; empty for any other."""
     of_gpu = isinstance(error, torch.OutOfMemoryError)
     of_cpu = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
     by_text = isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
@@ -73,7 +73,7 @@ def _memory_message(error: Exception) -> str:
 
 
 def _write_message(error: Exception) -> str:
-    """The message for a file that can't be written; empty for any other error. Reading has errors of its own."""
+    """The message for a file that can't be written; empty for any other error. Reading raises the classes above."""
     if not isinstance(error, OSError):
         return ""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
@@ -82,7 +82,7 @@ def _write_message(error: Exception) -> str:
 
 
 def parse_options(kind: type[Options], arguments: list[str], *, prog: str, default: Options | None = None) -> Options:
-    """Options of a command line as an instance of the dataclass `kind`. Raises ConfigError; --help prints and exits."""
+    """Parse a command line into the dataclass `kind`. Raises ConfigError; --help prints and exits."""
     start = tyro.MISSING_NONPROP if default is None else default
     box = io.StringIO()
     try:
@@ -107,7 +107,7 @@ def parse_options(kind: type[Options], arguments: list[str], *, prog: str, defau
 
 
 def option_names(kind: Any, prefix: str = "--") -> list[str]:
-    """The options of a dataclass and of its sections as they are typed: --output, --lora.rank, ..."""
+    """The options of a dataclass and its sections on the command line: --output, --lora.rank, ..."""
     names = []
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         option = prefix + name.replace("_", "-")

@@ -13,7 +13,7 @@ from training.run_folder import RunFolder
 
 
 def write_html_report(folder: RunFolder) -> None:
-    """Write report.html into a run folder; for an interrupted run, what there is and a notice of what is missing.
+    """Write report.html into a run folder; an interrupted run gets a notice of what is missing.
 
     Raises ConfigError if the folder is not a run or a file in it is damaged.
     """
@@ -28,7 +28,7 @@ def write_html_report(folder: RunFolder) -> None:
         missing=_missing(run),
         facts=_facts(report) if report else {},
         plots=[
-            Markup(to_svg(draw, size, name))  # noqa: S704, our own drawing; matplotlib escapes its texts
+            Markup(to_svg(draw, size, name))  # noqa: S704, our own drawing; matplotlib escapes its text
             for name, (draw, size) in panels_of(run).items()
         ],
         per_class=test["per_class"] if test else None,
@@ -39,7 +39,7 @@ def write_html_report(folder: RunFolder) -> None:
 
 
 def _missing(run: Curves) -> str:
-    """What this run lacks of a complete one; empty for a complete run."""
+    """The notice about missing results; empty for a complete run."""
     if run.report:
         epoch = run.report["epochs_run"]
         return "" if run.report["complete"] else f"This run was interrupted in epoch {epoch}: there are no test scores."
@@ -48,7 +48,7 @@ def _missing(run: Curves) -> str:
 
 
 def _facts(report: dict[str, Any]) -> dict[str, str]:
-    """Names and values shown at the top."""
+    """Names and values at the top of the page."""
     facts = {}
     if test := report["test"]:
         facts["test accuracy"] = f"{100 * test['accuracy']:.2f} %"

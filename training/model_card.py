@@ -1,6 +1,6 @@
 """README.md of a run: what was trained on which data, its scores, its limits, how to load it.
 
-The sections are those of Mitchell et al. 2019, "Model Cards for Model Reporting", as far as a run can fill them in.
+The sections are those of Mitchell et al. 2019, "Model Cards for Model Reporting", as far as the run has data.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from training.run_folder import RunFolder
 
 
 def write_model_card(folder: RunFolder) -> None:
-    """Write README.md into the folder of a finished or an interrupted run, from its report.json."""
+    """Write README.md into the folder of a finished or interrupted run, from its report.json."""
     report = json.loads(folder.report.read_text(encoding="utf-8"))
     config, test, lora = report["config"], report["test"], report["config"]["lora"]
     targets = lora["target_modules"] if isinstance(lora["target_modules"], str) else ", ".join(lora["target_modules"])
@@ -25,8 +25,7 @@ def write_model_card(folder: RunFolder) -> None:
         "base model": base,
         "data": report["origins"]["data"],
         "LoRA": f"rank {lora['rank']}, alpha {lora['alpha']:g}, on {targets}, {where}",
-        "trained parameters": f"{report['trainable_parameters']:,} of {report['total_parameters']:,}; "
-        "the rest is the base model's",
+        "trained parameters": f"{report['trainable_parameters']:,} of {report['total_parameters']:,}",
     }
     if test:
         facts["test accuracy"] = f"{100 * test['accuracy']:.2f} %"

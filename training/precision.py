@@ -1,9 +1,9 @@
-"""Where a run computes and in which number format.
+"""Device and number format of a run.
 
 Mixed precision (Micikevicius et al. 2018): parameters and optimizer stay in float32, matmuls run in a 16-bit format.
-bfloat16 has float32's exponent, so nothing else is needed. float16 has a narrow one: small gradients would become
-zero, so the loss is multiplied by a large scale before the backward pass and the gradients divided by it after
-("loss scaling", section 3.2 there; `torch.amp.GradScaler` finds the scale).
+bfloat16 has float32's exponent range. float16 has a narrower one: small gradients would underflow to zero, so the loss
+is multiplied by a large scale before the backward pass and the gradients are divided by it afterwards ("loss scaling",
+section 3.2; `torch.amp.GradScaler` finds the scale).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from training.errors import ConfigError
 
 WIDTH_WHEN_COMPILED = 32  # tokens; four widths up to length 128
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_REPEATABLE_WORKSPACES = (":4096:8", ":16:8")
+_DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Compute:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The number format as torch calls it."""
+        """The number format as a torch dtype."""
         return _DTYPES[self.precision]
 
     def autocast(self) -> torch.autocast:
@@ -40,14 +40,14 @@ class Compute:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.precision != "fp32", cache_enabled=True)
 
     def grad_scaler(self) -> torch.amp.GradScaler:
-        """Loss scaling for fp16; for the others a scaler that passes everything through."""
+        """Loss scaling for fp16; disabled for the other formats."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def cast_frozen(self, encoder: nn.Module) -> None:
-        """Keep what autocast would cast anew in every forward pass, the frozen weights of linear layers, cast for good.
+        """Cast the frozen parameters of linear layers once, instead of in every forward pass as autocast would.
 
-        The same numbers, half the memory for these weights, and no cast in any step. What is trained stays in float32,
-        where an update of 1e-4 is not lost; so do embeddings and LayerNorm, which autocast leaves alone.
+        The results are the same, with half the memory for these weights. Trained parameters stay in float32, where an
+        update of 1e-4 is not lost; so do embeddings and LayerNorm, which autocast does not cast.
         """
         if self.precision == "fp32":
             return
@@ -58,16 +58,16 @@ class Compute:
                         parameter.data = parameter.data.to(self.dtype)
 
     def compiled(self, model: nn.Module, how: str) -> nn.Module:
-        """`model` as `train.compile` says: as it is, compiled, or compiled into CUDA graphs; parameters are shared.
+        """`model` as it is, compiled, or compiled with CUDA graphs (`train.compile`); the parameters are shared.
 
-        Each width of a batch is compiled once; batches are padded to a multiple of `WIDTH_WHEN_COMPILED` tokens.
+        Each batch width is compiled once; batches are padded to a multiple of `WIDTH_WHEN_COMPILED` tokens.
         """
         if how == "off":
             return model
         return torch.compile(model, dynamic=False, mode="reduce-overhead" if how == "cuda-graphs" else "default")
 
     def describe(self) -> str:
-        """For the lines printed before training."""
+        """Device, threads and format, for the console."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         count = torch.get_num_threads()
         threads = "" if self.device.type == "cuda" else f", {count} thread{'s' if count > 1 else ''}"
@@ -75,22 +75,21 @@ class Compute:
 
 
 def use_determinism(wanted: bool) -> None:
-    """Let torch use only kernels that give the same bits each time, or any; to be called before the GPU is used.
+    """Restrict torch to deterministic kernels, or allow all; call it before the GPU is used.
 
-    On a GPU sums are added up in whatever order threads finish, and cuBLAS may choose another algorithm from one
-    stream's workspace to the next. With `wanted`, torch takes a kernel with a fixed order where it has one and raises
-    RuntimeError where it has none, and cuBLAS gets a workspace of fixed size by CUBLAS_WORKSPACE_CONFIG, 24 MiB unless
-    the environment says otherwise. On a CPU the kernels used here are repeatable with or without it.
+    On a GPU, the order of a sum depends on thread timing, and cuBLAS's algorithm on the stream's workspace. With
+    `wanted`, torch raises RuntimeError where it has no deterministic kernel, and cuBLAS gets a workspace of fixed size
+    (CUBLAS_WORKSPACE_CONFIG, by default 24 MiB). On a CPU the kernels used here are always deterministic.
     Source: PyTorch, "Reproducibility"; NVIDIA, cuBLAS documentation, section 2.1.4 "Results Reproducibility".
 
-    Raises ConfigError if the environment asks for a workspace with which cuBLAS is not repeatable.
+    Raises ConfigError if the environment sets a workspace with which cuBLAS is not deterministic.
     """
     if wanted:
-        workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", _REPEATABLE_WORKSPACES[0])
-        if workspace not in _REPEATABLE_WORKSPACES:
+        workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", _DETERMINISTIC_WORKSPACES[0])
+        if workspace not in _DETERMINISTIC_WORKSPACES:
             raise ConfigError(
                 f"train.deterministic: CUBLAS_WORKSPACE_CONFIG is {workspace!r} in the environment; unset it, or set "
-                f"{' or '.join(_REPEATABLE_WORKSPACES)}"
+                f"{' or '.join(_DETERMINISTIC_WORKSPACES)}"
             )
     torch.use_deterministic_algorithms(wanted)
 
@@ -98,7 +97,7 @@ def use_determinism(wanted: bool) -> None:
 def choose_compute(settings: TrainConfig) -> Compute:
     """Resolve `device` and `precision` where they are "auto".
 
-    Raises ConfigError if a GPU is asked for and there is none, bf16 on a GPU without it, or CUDA graphs without a GPU.
+    Raises ConfigError for a GPU where there is none, bf16 on a GPU without it, or CUDA graphs without a GPU.
     """
     has_cuda = torch.cuda.is_available()
     if settings.device == "cuda" and not has_cuda:

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar in a terminal, a quiet line now and then in a pipe or in CI."""
+"""Console output during a run: a progress bar in a terminal, one line per tenth of the run in a pipe or in CI."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from tqdm import tqdm
 
 
 def say(line: str = "") -> None:
-    """Print a line at once, also into a pipe, and above the bar if there is one."""
+    """Print a line and flush it, above the progress bar if there is one."""
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
 
 
 def this_python() -> str:
-    """How the interpreter in use is called from the current folder: a command that is printed works as it stands."""
+    """Path of the current interpreter, relative to the current folder where possible, for commands to copy."""
     path = os.path.relpath(sys.executable)
     return sys.executable if path.startswith(os.pardir) else path
 
 
 class Progress:
-    """Progress over all optimizer steps of a run: loss, learning rate, tokens a second, time left."""
+    """Progress over all optimizer steps of a run: loss, learning rate, tokens per second, time left."""
 
     def __init__(self, total_steps: int, done: int = 0, shown: bool = True) -> None:
         self.total_steps = total_steps
@@ -35,11 +35,11 @@ class Progress:
         self._since = time.perf_counter()
 
     def resume_clock(self) -> None:
-        """Start counting time again after an evaluation, which is no part of the tokens a second."""
+        """Restart the clock after an evaluation, whose time does not count for the tokens per second."""
         self._since = time.perf_counter()
 
     def update(self, steps: int, tokens: int, loss: float, learning_rate: float) -> float:
-        """Report `steps` more steps that read `tokens` real tokens; returns training tokens a second so far."""
+        """Report `steps` more steps that read `tokens` real tokens; returns training tokens per second so far."""
         now = time.perf_counter()
         self._training_seconds += now - self._since
         self._since = now
@@ -58,7 +58,7 @@ class Progress:
         return rate
 
     def close(self) -> None:
-        """Take the bar off the screen's last line."""
+        """Close the bar."""
         self._bar.close()
 
 

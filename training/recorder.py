@@ -42,7 +42,7 @@ class Recorder:
         self.folder = RunFolder(config.output, writes=world.is_main)
         self.state = TrainState()
         self.interrupted = 0
-        """The signal on which all processes have agreed to stop; 0 while there is none."""
+        """Number of the signal on which all processes stop; 0 without one."""
         self._signal = 0
         self._started = time.perf_counter()
         self._resuming = config.resume and self.folder.config.is_file()
@@ -55,7 +55,7 @@ class Recorder:
             self.folder.check_same_run(self.config)
             if self.folder.is_complete():
                 if self.world.is_main:
-                    write_pages(self.folder)  # it may have been killed while it did this
+                    write_pages(self.folder)  # the run may have been killed while it did this
                 say(f"{self.folder.path} is finished; there is nothing to resume")
                 return True
         if self.config.train.tensorboard:
@@ -76,7 +76,8 @@ class Recorder:
         Returns the state of the loop. Raises ConfigError if a checkpoint does not belong to this run.
         """
         folder, settings, world = self.folder, self.config.train, self.world
-        self._inputs, self._compute, self._count = inputs, compute, count_parameters(model)
+        count = count_parameters(model)
+        self._inputs, self._compute, self._count = inputs, compute, count
         self._trained = model, optimizer, schedule, scaler
         self._fingerprints = inputs.fingerprints()
         found = load(folder.checkpoints) if self._resuming else None
@@ -100,11 +101,10 @@ class Recorder:
         say(f"compute     {compute.describe()}{processes}")
         say(f"steps       {inputs.steps_per_epoch} per epoch, {total_steps} in {epochs}")
         say(f"run folder  {folder.path}")
-        say(f"\n{self._count.table()}")
-        count = self._count
+        say(f"\n{count.table()}")
         say(f"trainable: {count.trainable:,} of {count.total:,} parameters ({count.percentage:.2f} %)\n")
 
-        # Learning rate and loss of each step since the last logged line; the losses not yet read from the device.
+        # Learning rate and loss of each step since the last logged line; the losses are still on the device.
         self._unread = [(rate, torch.tensor(loss, device=compute.device)) for rate, loss in self.state.unread]
         self._progress = Progress(total_steps, self.state.step - len(self._unread), shown=world.is_main)
         self._before = self.state.seconds, self.state.train_seconds
@@ -126,20 +126,20 @@ class Recorder:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self._signal = number
-        if not self.world.hears_signals_twice:
-            signal.signal(number, self._handlers[signal.Signals(number)])  # a second one stops at once
+        if not self.world.signals_may_repeat:
+            signal.signal(number, self._handlers[signal.Signals(number)])  # a second one stops immediately
             say("stopping after this step, with a checkpoint; press Ctrl-C again to stop now")
 
     def begin_epoch(self) -> None:
-        """Start the clock of the epoch once every process has its batches."""
+        """Start timing the epoch once every process has its batches."""
         self.world.wait()
         self._progress.resume_clock()
 
     def record_step(self, loss: Tensor, learning_rate: float, batches: list[Batch]) -> None:
-        """Count a step, log and save when due, and set `interrupted` if a signal came.
+        """Count a step, log and save when due, and set `interrupted` if a signal was received.
 
-        Reads the losses from the device only where a line is logged, as that makes a GPU wait. Raises ConfigError for a
-        loss that is not finite.
+        Reads the losses from the device only when a line is logged, as that synchronizes with a GPU. Raises
+        ConfigError for a loss that is not finite.
         """
         state, settings = self.state, self.config.train
         self._unread.append((learning_rate, loss))
@@ -156,25 +156,20 @@ class Recorder:
 
     def _log_steps(self, learning_rate: float) -> None:
         state = self.state
-        losses = torch.stack([loss for _, loss in self._unread]).tolist()  # here the host waits for the device
-        for i, loss in enumerate(losses):
+        losses = torch.stack([loss for _, loss in self._unread]).tolist()  # synchronizes with the device
+        for i, loss in enumerate(losses, start=state.step - len(losses) + 1):
             if not math.isfinite(loss):
                 kept = f"the last good adapter is in {self.folder.adapter}" if state.best else "nothing was saved yet"
+                rate = self._unread[i - state.step - 1][0]
                 raise ConfigError(
-                    f"the loss is {loss} at step {state.step - len(losses) + 1 + i} (learning rate "
-                    f"{self._unread[i][0]:.2e}); lower train.learning_rate; {kept}"
+                    f"the loss is {loss} at step {i} (learning rate {rate:.2e}); lower train.learning_rate; {kept}"
                 )
         mean_loss = sum(losses) / len(losses)
         state.epoch_loss += sum(losses)
         state.epoch_steps += len(losses)
         rate = self._progress.update(len(losses), state.tokens, mean_loss, learning_rate)
-        self.folder.log(
-            step=state.step,
-            epoch=state.epoch,
-            loss=mean_loss,
-            learning_rate=learning_rate,
-            tokens_per_second=rate,
-        )
+        log = {"loss": mean_loss, "learning_rate": learning_rate, "tokens_per_second": rate}
+        self.folder.log(step=state.step, epoch=state.epoch, **log)
         self._unread, state.tokens = [], 0
 
     def end_epoch(self, validation: Scores) -> None:
@@ -192,7 +187,7 @@ class Recorder:
         state.epoch, state.step_of_epoch = state.epoch + 1, 0
         state.epoch_loss, state.epoch_steps = 0.0, 0
         self._save_checkpoint()
-        (self.interrupted,) = self.world.all_reduce_max(self._signal)  # it may have come while the epoch was scored
+        (self.interrupted,) = self.world.all_reduce_max(self._signal)  # maybe received during the evaluation
 
     def _times(self) -> None:
         now = time.perf_counter()
@@ -243,7 +238,7 @@ class Recorder:
 
 
 def write_pages(folder: RunFolder) -> None:
-    """Write what is made of the other files alone, plots and pages; a finished run needs its checkpoints no more."""
+    """Write the plots and pages from the other files; remove the checkpoints of a finished run."""
     draw_plots(folder)
     write_html_report(folder)
     write_model_card(folder)

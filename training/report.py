@@ -21,10 +21,10 @@ from training.setup import Inputs
 
 
 def peak_memory_bytes(compute: Compute) -> int:
-    """Most memory held so far: on a GPU what torch allocated there, else the process's resident set."""
+    """Peak memory so far: on a GPU what torch allocated there, else the process's resident set."""
     if compute.device.type == "cuda":
         return torch.cuda.max_memory_allocated(compute.device)
-    try:  # Linux; getrusage there starts at what the parent process held when it started this one
+    try:  # Linux, where getrusage would start at the parent process's peak
         return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
     except (OSError, TypeError):
         unit = 1 if platform.system() == "Darwin" else 1024
@@ -42,7 +42,7 @@ def build_report(
     test_seconds: float,
     mistakes: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Collect a run's report. `test` is None for an interrupted run, which is then marked as such."""
+    """The content of report.json. `test` is None for an interrupted run."""
     return {
         "complete": test is not None,
         "test": dataclasses.asdict(test) if test else None,

@@ -1,15 +1,15 @@
-"""The run folder: where a run writes what, and when it may be written at all.
+"""The run folder: its files, and when it may be written.
 
 config.toml      the settings that were used
 labels.json      names of the classes, in the order of the logits
-metrics.jsonl    a line a logged step, a line an evaluation
+metrics.jsonl    one line per logged step and per evaluation
 adapter/         the best adapter so far: peft's two files and the tokenizer
-checkpoint/      all that an exact resume needs, while the run is not finished
+checkpoint/      what an exact resume needs, until the run is finished
 report.json      final scores, counts, times
-report.html      all of it on one page
-README.md        the model card: what it is, how good, its limits, how to load it
+report.html      the results on one page
+README.md        the model card
 plots/           the curves as images
-tensorboard/     what metrics.jsonl holds, for TensorBoard, if asked for
+tensorboard/     the content of metrics.jsonl for TensorBoard, with train.tensorboard
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lora.files import atomic_write
 from training.config import RunConfig, read_config, write_config
 from training.errors import ConfigError
 
-# Settings that decide where and how often something is written, and nothing of what is computed.
+# Settings that decide where and how often something is written; they do not change what is computed.
 _HARMLESS = frozenset(
     "output overwrite resume train.tensorboard train.checkpoint_minutes train.checkpoint_steps "
     "train.checkpoint_keep".split()
@@ -34,10 +34,7 @@ _HARMLESS = frozenset(
 
 
 class RunFolder:
-    """A run's files by name.
-
-    Of several processes one writes; for the others (`writes=False`) every method that would write does nothing.
-    """
+    """A run's files by name. With `writes=False` (all processes but one) the methods that write do nothing."""
 
     def __init__(self, path: str | Path, writes: bool = True) -> None:
         self.path = Path(path)
@@ -62,42 +59,37 @@ class RunFolder:
                 f"{self.path} exists; add --overwrite to replace it, or --output FOLDER to write elsewhere"
             )
         if not self.config.is_file():
-            # Something else than a run: not ours to remove, whatever was asked for.
             raise ConfigError(f"{self.path} is not a run folder (no config.toml); give another --output")
 
     def check_same_run(self, config: RunConfig) -> None:
-        """Raise ConfigError that names the settings in which `config` differs from the run that is in the folder.
+        """Raise ConfigError naming the settings in which `config` differs from the run in the folder.
 
-        Settings that decide nothing but where and how often something is written may differ.
+        Settings that only decide where and how often something is written may differ.
         """
-        changed = {
-            name: there
-            for name, (there, _) in changed_settings(read_config(self.config), config).items()
-            if name not in _HARMLESS
-        }
-        if changed:
-            shown = ", ".join(f"{name} (there: {there!r})" for name, there in changed.items())
+        changed = changed_settings(read_config(self.config), config)
+        shown = ", ".join(f"{name} (there: {old!r})" for name, (old, _) in changed.items() if name not in _HARMLESS)
+        if shown:
             raise ConfigError(f"--resume: {self.path} was run with other settings: {shown}; give those, or --overwrite")
 
     def is_complete(self) -> bool:
-        """Whether the run was finished: report.json says so."""
+        """Whether the run is finished, according to report.json."""
         try:
             return bool(json.loads(self.report.read_text(encoding="utf-8"))["complete"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return False
 
     def create(self, config: RunConfig, label_names: tuple[str, ...], replace: bool) -> None:
-        """Make the folder anew, with the settings and labels of this run.
+        """Create the folder with the settings and labels of this run.
 
-        It is made under another name and renamed, and so is the one it replaces: whenever the process ends, there is
-        either no folder of this name or a whole one, in which a run can be resumed.
+        It is created under another name and then renamed, like the folder that it replaces, so that a killed process
+        leaves either no folder of this name or a complete one.
         """
         if not self.writes:
             return
         self.check_free(replace)
         path = self.path.absolute()
         new, old = (path.with_name(f".{path.name}.{state}") for state in ("new", "old"))
-        for left_over in (new, old):  # of a process that was killed
+        for left_over in (new, old):  # from a killed process
             shutil.rmtree(left_over, ignore_errors=True)
         new.mkdir(parents=True)
         try:
@@ -112,14 +104,14 @@ class RunFolder:
             shutil.rmtree(old, ignore_errors=True)
 
     def open_board(self, step: int) -> None:
-        """From now on `log` writes for TensorBoard as well; of what is there, events after `step` are hidden."""
+        """Let `log` write TensorBoard events too; existing events after `step` are hidden."""
         if self.writes:
-            from torch.utils.tensorboard import SummaryWriter  # there if `check_board` passed
+            from torch.utils.tensorboard import SummaryWriter  # installed if `check_board` passed
 
             self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1 if step else None)
 
     def log(self, **values: Any) -> None:
-        """Append a line to metrics.jsonl, and to TensorBoard's events if they are open."""
+        """Append a line to metrics.jsonl, and to TensorBoard's events after `open_board`."""
         if not self.writes:
             return
         with self.metrics.open("a", encoding="utf-8") as file:
@@ -131,7 +123,7 @@ class RunFolder:
             self._board.flush()
 
     def cut_metrics(self, size: int) -> None:
-        """Forget what was logged after a checkpoint: it will be logged again."""
+        """Truncate metrics.jsonl to its length at a checkpoint: later steps will be logged again."""
         if self.writes and self.metrics.is_file():
             os.truncate(self.metrics, size)
 
@@ -140,11 +132,10 @@ class RunFolder:
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def write_report(self, report: dict[str, Any]) -> None:
-        """Write report.json, whole or not at all."""
-        if not self.writes:
-            return
-        with atomic_write(self.report) as part:
-            part.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        """Write report.json atomically."""
+        if self.writes:
+            with atomic_write(self.report) as part:
+                part.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def read_labels(self) -> tuple[str, ...]:
         """The class names. Raises ConfigError if the file is missing or broken."""
@@ -160,13 +151,11 @@ class RunFolder:
 def changed_settings(there: RunConfig, wanted: RunConfig) -> dict[str, tuple[Any, Any]]:
     """The settings in which two runs differ, by dotted name: the value there and the wanted one."""
 
-    def flat(section: Any, above: str) -> dict[str, Any]:
+    def flat(section: Any, prefix: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        for field in dataclasses.fields(section):
-            value = getattr(section, field.name)
-            found |= (
-                flat(value, f"{above}{field.name}.") if dataclasses.is_dataclass(value) else {above + field.name: value}
-            )
+        for name in (field.name for field in dataclasses.fields(section)):
+            value = getattr(section, name)
+            found |= flat(value, f"{prefix}{name}.") if dataclasses.is_dataclass(value) else {prefix + name: value}
         return found
 
     old, new = flat(there, ""), flat(wanted, "")

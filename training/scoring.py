@@ -1,4 +1,4 @@
-"""How good a model is on a split: its logits for every text, and the scores computed from them."""
+"""Logits of a model for every text of a split, and the scores computed from them."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from training.precision import Compute
 def predict(model: nn.Module, batches: Iterable[Batch], rows: int, compute: Compute) -> torch.Tensor:
     """Logits of every text, (rows, labels), float32 on the CPU, in the order of the split.
 
-    Batches come sorted by length, so each row is put back where it belongs; a row that is in none of them stays 0, so
-    that the parts which several processes computed can be summed. Dropout is off; the model's mode is restored.
-    Raises ConfigError if a logit is not finite.
+    Batches are sorted by length, so rows are put back in order; a row in none of them stays 0, so that the results of
+    several processes can be summed. Dropout is off; the model's mode is restored. Raises ConfigError if a logit is not
+    finite.
     """
     was_training = model.training
     model.eval()
     logits = torch.zeros(rows, model.config.num_labels)
     for batch in batches:
         with compute.autocast():
-            some = model(
+            batch_logits = model(
                 batch.input_ids.to(compute.device, non_blocking=True),
                 batch.attention_mask.to(compute.device, non_blocking=True),
             )
-        logits[batch.indices] = some.float().cpu()
+        logits[batch.indices] = batch_logits.float().cpu()
     model.train(was_training)
     if not logits.isfinite().all():
         raise ConfigError(
-            "the logits are not finite: training went astray, or the weights are too large for this number format; "
+            "the logits are not finite: training diverged, or the weights are too large for this number format; "
             "lower train.learning_rate, or choose train.precision fp32"
         )
     return logits
@@ -45,7 +45,7 @@ def predict(model: nn.Module, batches: Iterable[Batch], rows: int, compute: Comp
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of a split; precision, recall and F1 are macro averages, each class weighing the same."""
+    """Scores of a split; precision, recall and F1 are macro averages: every class has the same weight."""
 
     loss: float
     """Mean cross-entropy in nats."""
@@ -83,11 +83,10 @@ def score(logits: torch.Tensor, labels: np.ndarray, label_names: tuple[str, ...]
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support  # slow to import
 
     predicted = logits.argmax(dim=1).numpy()
-    numbers = list(range(len(label_names)))
-    precision, recall, f1, support = precision_recall_fscore_support(
-        labels, predicted, labels=numbers, zero_division=0.0
-    )
-    # Classes that the split has no text of would count as zeros in the averages, whatever the model does.
+    classes = list(range(len(label_names)))
+    by_class = precision_recall_fscore_support(labels, predicted, labels=classes, zero_division=0.0)
+    precision, recall, f1, support = by_class
+    # Classes without texts in the split would count as zeros in the averages.
     present = support > 0
     return Scores(
         loss=F.cross_entropy(logits.double(), torch.as_tensor(labels)).item(),
@@ -96,22 +95,17 @@ def score(logits: torch.Tensor, labels: np.ndarray, label_names: tuple[str, ...]
         recall=float(recall[present].mean()),
         f1=float(f1[present].mean()),
         per_class={
-            name: {
-                "precision": float(precision[i]),
-                "recall": float(recall[i]),
-                "f1": float(f1[i]),
-                "support": int(support[i]),
-            }
-            for i, name in enumerate(label_names)
+            name: {"precision": p, "recall": r, "f1": f, "support": s}
+            for name, p, r, f, s in zip(label_names, *(scores.tolist() for scores in by_class), strict=True)
         },
-        confusion=confusion_matrix(labels, predicted, labels=numbers).tolist(),
+        confusion=confusion_matrix(labels, predicted, labels=classes).tolist(),
     )
 
 
 def confident_mistakes(
     logits: torch.Tensor, labels: np.ndarray, texts: list[str], label_names: tuple[str, ...], number: int = 20
 ) -> list[dict[str, Any]]:
-    """The texts that were given a wrong class with the highest probability, the worst first."""
+    """The `number` misclassified texts with the highest predicted probability, in descending order."""
     probability, predicted = torch.softmax(logits, dim=1).max(dim=1)
     wrong = np.flatnonzero(predicted.numpy() != labels)
     worst = wrong[np.argsort(-probability.numpy()[wrong], kind="stable")][:number]

@@ -1,4 +1,4 @@
-"""What a run reads and where it computes: all of it checked before the first step, and told on the console."""
+"""Inputs and device of a run, checked before the first step and printed on the console."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def seed_everything(seed: int) -> None:
 
 
 def set_up_process(settings: TrainConfig, world: World) -> Compute:
-    """Choose device and number format, kernels and seeds. Raises ConfigError for a device that is not there."""
+    """Choose device and number format, kernels and seeds. Raises ConfigError for a device that is missing."""
     use_determinism(settings.deterministic)
     world.take_gpu(settings.device)
     compute = choose_compute(settings)
@@ -52,12 +52,12 @@ class Inputs:
     splits: dict[str, EncodedSplit]
     """Token ids of train, validation and test."""
     new_head: bool
-    """Whether the head is drawn here, not read from the checkpoint."""
+    """Whether the head is newly initialized, not read from the checkpoint."""
     steps_per_epoch: int
-    """Optimizer steps in an epoch."""
+    """Optimizer steps per epoch."""
 
     def fingerprints(self) -> dict[str, str]:
-        """Hashes of all that a resumed run must find unchanged."""
+        """Hashes of the inputs that must be unchanged when a run is resumed."""
         return {
             "the data": self.text.fingerprint,
             "the base weights": sha256_of(self.checkpoint.directory / "model.safetensors"),
@@ -68,8 +68,7 @@ class Inputs:
 def load_inputs(config: RunConfig, world: World) -> Inputs:
     """Read text and checkpoint, check that they and the settings fit each other, and tokenize.
 
-    Process 0 goes first, so that the others find in the cache what it fetches. Raises ConfigError, DataError,
-    CheckpointError or LoRAError for what can't be used.
+    Raises ConfigError, DataError, CheckpointError or LoRAError for what can't be used.
     """
     settings, augmentation = config.train, config.data.augmentation
     with world.main_first():
@@ -86,16 +85,14 @@ def load_inputs(config: RunConfig, world: World) -> Inputs:
     with world.main_first():
         checkpoint = fetch_checkpoint(config.model.checkpoint)
     say(f"checkpoint  {checkpoint.origin}")
-    model_config = dataclasses.replace(
-        RobertaConfig.from_file(checkpoint.directory / "config.json"), label_names=text.label_names
-    )
-    for name, value in (
-        ("hidden_dropout_prob", config.model.hidden_dropout),
-        ("attention_probs_dropout_prob", config.model.attention_dropout),
-        ("classifier_dropout", config.model.classifier_dropout),
-    ):
-        if value is not None:
-            model_config = dataclasses.replace(model_config, **{name: value})
+    dropouts = {
+        "hidden_dropout_prob": config.model.hidden_dropout,
+        "attention_probs_dropout_prob": config.model.attention_dropout,
+        "classifier_dropout": config.model.classifier_dropout,
+    }
+    changed = {name: value for name, value in dropouts.items() if value is not None}
+    model_config = RobertaConfig.from_file(checkpoint.directory / "config.json")
+    model_config = dataclasses.replace(model_config, label_names=text.label_names, **changed)
     check_budget(model_config, config.lora, settings.max_trainable)  # before anything large is read
     if config.data.max_length > model_config.max_length:
         raise ConfigError(
@@ -110,7 +107,7 @@ def load_inputs(config: RunConfig, world: World) -> Inputs:
         for name in ("train", "validation", "test")
     }
     truncated = sum(split.truncated for split in splits.values())
-    say(f"            {truncated:,} texts are longer than {config.data.max_length} tokens and are cut there")
+    say(f"            {truncated:,} texts are longer than {config.data.max_length} tokens and are truncated")
     texts = (1 + augmentation.n_aug) * len(text.train.labels)
     batches = -(-texts // settings.batch_size)
     return Inputs(
@@ -127,9 +124,9 @@ def load_inputs(config: RunConfig, world: World) -> Inputs:
 def epoch_batches(
     inputs: Inputs, config: RunConfig, epoch: int, skip: int, compute: Compute, world: World
 ) -> Iterable[Batch]:
-    """The training batches of an epoch without the first `skip`: shuffled anew, texts of similar length together.
+    """The training batches of an epoch without the first `skip`: shuffled again, texts of similar length together.
 
-    With augmentation, the training texts and new ones made of them.
+    With augmentation, they hold the training texts and the new texts generated from them.
     """
     settings, split = config.train, inputs.splits["train"]
     if config.data.augmentation.n_aug:

@@ -1,4 +1,4 @@
-"""How fast models answer: texts a second and the time of one call, several models side by side in one run."""
+"""Inference speed: texts per second and time per call, several models side by side in one run."""
 
 from __future__ import annotations
 
@@ -22,18 +22,17 @@ class Speed:
 
     batch_size: int
     texts_per_second: float
-    """Texts of all calls over their time."""
     median: float
-    """Seconds of a call."""
+    """Seconds per call."""
     p95: float
-    """Seconds that 95 % of the calls stay below."""
+    """95th percentile of the seconds per call."""
 
 
 @torch.no_grad()
 def measure_speed(models: Mapping[str, nn.Module], batches: Sequence[Batch], compute: Compute) -> dict[str, Speed]:
-    """Time every model on every batch, the models by turns, so that whatever else the machine does meets all of them.
+    """Time every model on every batch, interleaved, so that other load on the machine affects all models alike.
 
-    All batches have the same number of texts. Each model has two calls to warm up, on the first batch.
+    All batches have the same number of texts. Each model has two warm-up calls on the first batch.
     """
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for model in models.values():
@@ -60,7 +59,7 @@ def measure_speed(models: Mapping[str, nn.Module], batches: Sequence[Batch], com
 def _call(model: nn.Module, batch: Batch, compute: Compute) -> torch.Tensor:
     with compute.autocast():
         logits = model(batch.input_ids.to(compute.device), batch.attention_mask.to(compute.device))
-    return logits.float().cpu()  # waits for a GPU
+    return logits.float().cpu()  # synchronizes with a GPU
 
 
 def speed_table(rows: Sequence[tuple[str, Speed]]) -> str:

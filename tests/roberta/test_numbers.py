@@ -93,10 +93,10 @@ def test_a_text_longer_than_the_position_table_is_cut_and_counted(tiny_config, t
     # The table of the tiny checkpoint ends at 32 tokens.
     options = ["--train.epochs", "1", "--data.max-length", "32", "--data.padding", "max_length"]
     assert train(parse_command_line([str(tiny_config), *options])) == 0
-    assert "2 texts are longer than 32 tokens and are cut there" in capsys.readouterr().out
+    assert "2 texts are longer than 32 tokens and are truncated" in capsys.readouterr().out
     words = [str(run), "--text", "new goal" + " report" * 500, "oil price"]
     assert evaluate(parse_options(Arguments, words, prog="evaluate.py")) == 0
-    assert "1 texts are longer than 32 tokens and are cut there" in capsys.readouterr().out
+    assert "1 texts are longer than 32 tokens and are truncated" in capsys.readouterr().out
     settings_of_run = run / "config.toml"  # as if another base with more positions had been trained
     settings_of_run.write_text(settings_of_run.read_text().replace("max_length = 32", "max_length = 400"))
     assert evaluate(parse_options(Arguments, words, prog="evaluate.py")) == 0

@@ -330,7 +330,7 @@ def test_a_process_that_hangs_is_given_up_but_a_slow_checkpoint_is_not(tiny_conf
 
     codes, results = forks(2, work, tmp_path / "seen")
     assert codes[0] == EXIT_LOST
-    assert "no longer answers" in results[0][2] and results[0][2].count("\n") == 1
+    assert "no longer responds" in results[0][2] and results[0][2].count("\n") == 1
     assert [path.name for path in (tmp_path / "run" / "checkpoint").iterdir()] == ["step-00000002"]
 
 
