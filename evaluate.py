@@ -26,8 +26,8 @@ import tyro
 from cpu import speed_up
 from data.assets import fetch_checkpoint
 from data.batching import EncodedSplit, encode_split, evaluation_batches
-from data.cleaning import CleaningConfig, make_cleaner
-from data.sources import DataConfig, Split, load_source, read_unlabelled
+from data.cleaning import make_cleaner
+from data.sources import Split, load_source, read_unlabelled
 from lora.files import atomic_write
 from lora.inject import merge_lora, unload_lora
 from lora.peft_format import adapter_shapes, load_adapter, read_base_model
@@ -36,7 +36,7 @@ from roberta.model import RobertaForSequenceClassification
 from roberta.tokenizer import TextTokenizer
 from roberta.weights import has_head, load_checkpoint, save_checkpoint
 from training.command_line import parse_options, run_command
-from training.config import RunConfig, TrainConfig, read_config
+from training.config import RunConfig, read_config
 from training.errors import ConfigError
 from training.precision import Compute, choose_compute
 from training.progress import say
@@ -54,7 +54,7 @@ class Arguments:
     text: tuple[str, ...] | None = None
     """Texts to classify."""
     file: Path | None = None
-    """A file with one text to classify a line."""
+    """A file of texts to classify, one per line."""
     predict: Path | None = None
     """A CSV, TSV, JSONL or Parquet file of texts without labels, to be classified into --out."""
     out: Path | None = None
@@ -66,19 +66,19 @@ class Arguments:
     indices: bool = False
     """For --predict: write the number of the class instead of its name."""
     speed: bool = False
-    """Measure texts a second and the time of a call, adapters separate and merged, at batch 1 and 64."""
+    """Measure texts per second and time per call, adapters separate and merged, at batch 1 and 64."""
     merged: bool = False
     """Fold the adapters into the weights first."""
     export: Path | None = None
     """Write the merged model to this folder, for transformers."""
     base: str | None = None
-    """The pretrained checkpoint, by name or folder, where it is not the one that the adapter names."""
+    """The pretrained checkpoint, by name or folder, instead of the one that the adapter names."""
     config: Path | None = None
-    """Settings whose data are scored, for an adapter folder; a run folder has its own."""
+    """Settings that name the data to score, for an adapter folder; a run folder has its own."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] | None = None
-    """Type of the matmuls; that of the training unless given."""
+    """Data type of the matmuls; that of the training unless given."""
 
 
 @dataclass(frozen=True)
@@ -88,18 +88,20 @@ class Trained:
     model: RobertaForSequenceClassification
     tokenizer: TextTokenizer
     label_names: tuple[str, ...]
-    config: RunConfig | None
-    """The settings of the run or of --config; None for an adapter alone."""
+    config: RunConfig
+    """The settings of the run or of --config; the defaults for an adapter alone."""
+    has_data: bool
+    """Whether there are such settings, so that the test split is known."""
     clean: Callable[[str], str]
-    """What was done to every text in training."""
+    """The cleaning of the training texts."""
     compute: Compute
 
 
 def load_trained(arguments: Arguments) -> Trained:
-    """Put the base checkpoint and the adapter together.
+    """Load the base checkpoint and the adapter.
 
-    Raises ConfigError if the folder is neither a run nor an adapter, or if part of the head is nowhere to be found;
-    DataError, CheckpointError or LoRAError if checkpoint or adapter can't be had or read, or don't fit each other.
+    Raises ConfigError if the folder is neither a run nor an adapter, or if part of the head is missing; DataError,
+    CheckpointError or LoRAError if checkpoint or adapter can't be read or don't fit each other.
     """
     folder = RunFolder(arguments.run)
     is_run = folder.config.is_file()
@@ -107,9 +109,9 @@ def load_trained(arguments: Arguments) -> Trained:
         raise ConfigError(f"{arguments.run}: neither a run folder (config.toml) nor an adapter (adapter_config.json)")
     adapter = folder.adapter if is_run else arguments.run
     config_path = arguments.config or (folder.config if is_run else None)
-    config = read_config(config_path) if config_path else None
+    config = read_config(config_path) if config_path else RunConfig()
 
-    base = arguments.base or (config.model.checkpoint if is_run and config else read_base_model(adapter))
+    base = arguments.base or (config.model.checkpoint if is_run else read_base_model(adapter))
     if base is None:
         raise ConfigError(f"{adapter}/adapter_config.json names no base model; give it with --base")
     checkpoint = fetch_checkpoint(base)
@@ -121,29 +123,26 @@ def load_trained(arguments: Arguments) -> Trained:
     labels = _label_names(folder, is_run, model_config, shapes)
     model_config = dataclasses.replace(model_config, label_names=labels)
     head_in_adapter = {name for name in shapes if name.startswith("classifier.")}
-    whole_head = {f"classifier.{layer}.{kind}" for layer in ("dense", "out_proj") for kind in ("weight", "bias")}
-    new_head = not has_head(checkpoint.directory) or head_in_adapter >= whole_head
-    if new_head and head_in_adapter < whole_head:
-        missing = ", ".join(sorted(whole_head - head_in_adapter))
+    head = {f"classifier.{layer}.{kind}" for layer in ("dense", "out_proj") for kind in ("weight", "bias")}
+    new_head = not has_head(checkpoint.directory) or head_in_adapter >= head
+    if new_head and head_in_adapter < head:
         raise ConfigError(
-            f"{adapter}: neither the adapter nor {checkpoint.directory} holds {missing}; a random head "
-            "would answer at random: train it, or name the fine-tuned base with --base"
+            f"{adapter}: neither the adapter nor {checkpoint.directory} holds "
+            f"{', '.join(sorted(head - head_in_adapter))}; train the head, or name the fine-tuned base with --base"
         )
     model = load_checkpoint(checkpoint.directory, model_config, new_head=new_head)
     load_adapter(model, adapter)
 
-    settings = config.train if config else TrainConfig()
-    precision = arguments.precision or settings.precision
-    compute = choose_compute(dataclasses.replace(settings, device=arguments.device, precision=precision))
+    precision = arguments.precision or config.train.precision
+    compute = choose_compute(dataclasses.replace(config.train, device=arguments.device, precision=precision))
     model.to(compute.device).eval()
     if compute.device.type == "cpu":
         speed_up(model)
-    data = config.data if config else DataConfig()
-    max_length = min(data.max_length, model_config.max_length)  # another base may have fewer positions
+    max_length = min(config.data.max_length, model_config.max_length)  # another base may have fewer positions
     tokenizer = TextTokenizer.from_directory(checkpoint.directory, max_length)
     tokenizer.check_fits(model_config, checkpoint.directory)
-    clean = make_cleaner(config.data.cleaning if config else CleaningConfig())
-    return Trained(model, tokenizer, labels, config, clean, compute)
+    clean = make_cleaner(config.data.cleaning)
+    return Trained(model, tokenizer, labels, config, config_path is not None, clean, compute)
 
 
 def _label_names(folder: RunFolder, is_run: bool, base: RobertaConfig, shapes: dict[str, list[int]]) -> tuple[str, ...]:
@@ -155,14 +154,14 @@ def _label_names(folder: RunFolder, is_run: bool, base: RobertaConfig, shapes: d
 
 
 def read_texts(arguments: Arguments) -> list[str]:
-    """The texts given by --text and --file. Raises ConfigError for none, an empty one, or a file it can't read."""
+    """The texts given by --text and --file. Raises ConfigError for an empty text or a file that can't be read."""
     if arguments.text == ():
-        raise ConfigError('--text has no text; write one behind it, in quotes: --text "Oil prices rise"')
+        raise ConfigError('--text has no text; write one after it, in quotes: --text "Oil prices rise"')
     texts = list(arguments.text or ())
     sources = [f"--text number {i + 1}" for i in range(len(texts))]
     if arguments.file is not None:
         try:
-            # Not `splitlines`, which also cuts a text at a form feed or at Unicode's own separators.
+            # Not `splitlines`, which also splits at a form feed and at Unicode's line separators.
             content = arguments.file.read_text(encoding="utf-8-sig")
             lines = content.removesuffix("\n").split("\n") if content else []
         except OSError as error:
@@ -172,7 +171,7 @@ def read_texts(arguments: Arguments) -> list[str]:
         texts += lines
         sources += [f"{arguments.file}, line {i + 1}" for i in range(len(lines))]
         if not lines:
-            raise ConfigError(f"{arguments.file}: is empty; write one text a line")
+            raise ConfigError(f"{arguments.file}: is empty; write one text per line")
     for text, source in zip(texts, sources, strict=True):
         if not text.strip():
             raise ConfigError(f"{source}: the text is empty; remove it or write one")
@@ -180,7 +179,7 @@ def read_texts(arguments: Arguments) -> list[str]:
 
 
 def classify(trained: Trained, texts: list[str]) -> torch.Tensor:
-    """Probabilities (texts, labels): softmax of the logits, rows in the order of the texts, cleaned as in training."""
+    """Probabilities (texts, labels) of the texts, cleaned as in training: softmax of the logits."""
     texts = [trained.clean(text) for text in texts]
     split = encode_split(Split(texts, [0] * len(texts)), trained.tokenizer)
     if split.truncated:
@@ -189,18 +188,17 @@ def classify(trained: Trained, texts: list[str]) -> torch.Tensor:
 
 
 def _logits(trained: Trained, split: EncodedSplit) -> torch.Tensor:
-    batch_size = trained.config.train.eval_batch_size if trained.config else TrainConfig().eval_batch_size
-    padding = trained.config.data.padding if trained.config else DataConfig().padding
+    batch_size, padding = trained.config.train.eval_batch_size, trained.config.data.padding
     batches = evaluation_batches(split, batch_size, trained.tokenizer.pad_token_id, padding, trained.compute.device)
     return predict(trained.model, batches, len(split.labels), trained.compute)
 
 
 def write_predictions(trained: Trained, arguments: Arguments) -> None:
-    """Classify the rows of --predict into --out, whole or not at all."""
+    """Classify the rows of --predict into --out, written atomically."""
     source, out = arguments.predict, arguments.out
     assert source is not None and out is not None, "checked by check_arguments"
-    data = trained.config.data if trained.config else DataConfig()
-    ids, texts = read_unlabelled(source, arguments.text_columns or data.text_columns, arguments.id_column)
+    columns = arguments.text_columns or trained.config.data.text_columns
+    ids, texts = read_unlabelled(source, columns, arguments.id_column)
     predicted = classify(trained, texts).argmax(dim=1).tolist()
     with atomic_write(out) as part, part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -211,7 +209,7 @@ def write_predictions(trained: Trained, arguments: Arguments) -> None:
 
 
 def report_speed(trained: Trained) -> None:
-    """Print texts a second and the time of a call on the test texts, adapters separate and merged, side by side."""
+    """Print texts per second and time per call on the test texts, adapters separate and merged, side by side."""
     split = encode_split(_test_split(trained), trained.tokenizer, description="tokenizing test")
     merged = copy.deepcopy(trained.model)
     merge_lora(merged)
@@ -219,9 +217,9 @@ def report_speed(trained: Trained) -> None:
     rows = []
     for size, calls in ((1, 100), (64, 10)):
         batches = evaluation_batches(split, size, trained.tokenizer.pad_token_id, "longest", trained.compute.device)
-        whole = [batch for batch in batches if len(batch.labels) == size]
+        full = [batch for batch in batches if len(batch.labels) == size]
         # Evenly from the shortest to the longest texts.
-        chosen = [whole[i * len(whole) // calls] for i in range(calls)] if len(whole) > calls else whole
+        chosen = [full[i * len(full) // calls] for i in range(calls)] if len(full) > calls else full
         if chosen:
             rows += measure_speed(models, chosen, trained.compute).items()
     say(f"compute     {trained.compute.describe()}, from token ids to logits\n")
@@ -229,8 +227,8 @@ def report_speed(trained: Trained) -> None:
 
 
 def _test_split(trained: Trained) -> Split:
-    """The cleaned test texts of the settings. Raises ConfigError if there are no settings, or other classes."""
-    if trained.config is None:
+    """The cleaned test texts. Raises ConfigError if there are no settings, or another number of classes."""
+    if not trained.has_data:
         raise ConfigError("an adapter alone has no test split; add --config FILE.toml, or --text")
     text = load_source(trained.config.data, trained.config.train.seed).cleaned(trained.config.data.cleaning)
     say(f"data        {text.origin}, {len(text.test.texts):,} test texts")
@@ -240,7 +238,7 @@ def _test_split(trained: Trained) -> Split:
 
 
 def check_arguments(arguments: Arguments) -> None:
-    """Raise ConfigError for arguments that don't go together, and places that can't be written, before any work."""
+    """Raise ConfigError for incompatible arguments and for outputs that can't be written, before any work."""
     questions = {
         "--text and --file": arguments.text is not None or arguments.file is not None,
         "--predict": arguments.predict is not None,
@@ -249,11 +247,8 @@ def check_arguments(arguments: Arguments) -> None:
     if sum(questions.values()) > 1:
         given = ", ".join(name for name, asked in questions.items() if asked)
         raise ConfigError(f"{given} ask for different things; give one of them")
-    if (
-        (export := arguments.export) is not None
-        and export.exists()
-        and not (export.is_dir() and not any(export.iterdir()))
-    ):
+    export = arguments.export
+    if export is not None and export.exists() and not (export.is_dir() and not any(export.iterdir())):
         raise ConfigError(f"{export}: exists and is not an empty folder; export to a new one")
     if (arguments.predict is None) != (arguments.out is None):
         raise ConfigError("--predict FILE and --out FILE go together; give both")
@@ -266,7 +261,7 @@ def check_arguments(arguments: Arguments) -> None:
 
 
 def evaluate(arguments: Arguments) -> int:
-    """Do what the arguments ask for; returns the exit code."""
+    """Run what the arguments ask for; returns the exit code."""
     check_arguments(arguments)
     texts = read_texts(arguments)
     trained = load_trained(arguments)

@@ -1,4 +1,4 @@
-"""evaluate.py from the command line: the training's number again, texts, merged, exported, adapters that peft wrote."""
+"""evaluate.py from the command line: test scores, texts, merging, export, adapters written by peft."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ def command(capsys):
 
 @pytest.fixture
 def finished(finished_run, trained_once):
-    """A finished run's folder and the line of scores that its training printed."""
+    """A finished run's folder and the line of test scores that its training printed."""
     return finished_run, next(line for line in trained_once[1].splitlines() if line.startswith("test accuracy"))
 
 
@@ -61,7 +61,7 @@ def test_texts_are_classified_with_probabilities(command, finished, tmp_path):
     file = tmp_path / "texts.txt"
     file.write_text("the goal of the match\noil price today\n", encoding="utf-8")
     assert command(folder, "--file", file)[1].splitlines()[-2:] == lines
-    # A byte-order mark is no part of a text, and only the end of a line ends one.
+    # A byte-order mark is not part of a text, and only a newline ends one.
     file.write_bytes("\ufeffthe goal of\x0cthe match\r\noil\u2028price today".encode())
     code, out, _ = command(folder, "--file", file)
     shown = [line[-30:] for line in out.split("\n") if line.startswith(("sports", "business"))]
@@ -71,7 +71,7 @@ def test_texts_are_classified_with_probabilities(command, finished, tmp_path):
     ]
 
 
-def test_exported_model_opens_in_transformers_and_answers_alike(command, finished, tmp_path):
+def test_exported_model_opens_in_transformers_with_equal_probabilities(command, finished, tmp_path):
     folder, _ = finished
     code, out, _ = command(folder, "--export", tmp_path / "merged")
     assert code == 0 and "exported" in out
@@ -114,7 +114,7 @@ def test_a_partly_trained_head_scores_the_same_again(command, tiny_config, tiny_
     assert line in command(tiny_data / "run")[1].splitlines()
 
 
-def test_a_head_that_is_nowhere_is_an_error_not_a_random_one(command, tiny_checkpoint, tmp_path, capsys):
+def test_a_missing_head_is_an_error_not_a_random_head(command, tiny_checkpoint, tmp_path, capsys):
     base = transformers.RobertaModel.from_pretrained(tiny_checkpoint)
     wrapped = torch.nn.Module()
     wrapped.roberta = base
@@ -125,7 +125,7 @@ def test_a_head_that_is_nowhere_is_an_error_not_a_random_one(command, tiny_check
     assert code == EXIT_BAD_INPUT and "classifier.out_proj.weight" in err and err.count("\n") == 1
 
 
-def test_what_can_not_be_used_is_one_line(command, finished, tmp_path):
+def test_unusable_arguments_are_a_one_line_error(command, finished, tmp_path):
     folder, _ = finished
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "gap.txt").write_text("oil price\n\nthe cup\n")
@@ -134,7 +134,7 @@ def test_what_can_not_be_used_is_one_line(command, finished, tmp_path):
     for arguments, says in [
         ([tmp_path / "nothing"], "neither a run folder"),
         ([tmp_path / "missing"], "neither a run folder"),
-        ([folder, "--text"], "--text has no text; write one behind it"),
+        ([folder, "--text"], "--text has no text; write one after it"),
         ([folder, "--text", " "], "--text number 1: the text is empty"),
         ([folder, "--file", tmp_path / "empty.txt"], "empty.txt: is empty"),
         ([folder, "--file", tmp_path / "gap.txt"], "gap.txt, line 2: the text is empty"),
@@ -151,7 +151,7 @@ def test_what_can_not_be_used_is_one_line(command, finished, tmp_path):
         assert code == EXIT_BAD_INPUT and says in err and err.count("\n") == 1, (arguments, err)
 
 
-def test_a_broken_adapter_is_one_line(command, finished):
+def test_a_damaged_adapter_is_a_one_line_error(command, finished):
     folder, _ = finished
     weights = folder / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
@@ -236,7 +236,7 @@ def test_columns_of_text_are_those_of_the_run_unless_given(command, finished, tm
         ("id,text\n1,a\n,b\n", (), "new.csv, row 3: the ID in 'id' is empty"),
     ],
 )
-def test_an_unlabelled_file_that_can_not_be_used(command, finished, tmp_path, content, options, says):
+def test_unusable_unlabelled_files_are_refused(command, finished, tmp_path, content, options, says):
     folder, _ = finished
     (tmp_path / "new.csv").write_text(content)
     code, _, err = command(folder, "--predict", tmp_path / "new.csv", "--out", tmp_path / "o.csv", *options)
@@ -244,7 +244,7 @@ def test_an_unlabelled_file_that_can_not_be_used(command, finished, tmp_path, co
     assert not (tmp_path / "o.csv").exists()
 
 
-def test_predict_needs_a_place_that_is_free(command, finished, tmp_path):
+def test_predict_does_not_overwrite_a_file(command, finished, tmp_path):
     folder, _ = finished
     source = write_unlabelled(tmp_path / "new.csv", [{"text": "oil"}])
     code, _, err = command(folder, "--predict", source)
@@ -254,12 +254,12 @@ def test_predict_needs_a_place_that_is_free(command, finished, tmp_path):
     assert code == EXIT_BAD_INPUT and "exists" in err and (tmp_path / "o.csv").read_text() == "mine"
 
 
-def test_speed_is_told_for_both_forms_and_batch_sizes(command, finished):
+def test_speed_is_reported_for_both_forms_and_batch_sizes(command, finished):
     folder, _ = finished
     code, out, _ = command(folder, "--speed")
     lines = [line.split() for line in out.splitlines() if line.startswith("adapters ")]
     assert code == 0
-    # 40 test texts: no whole batch of 64.
+    # 40 test texts: no full batch of 64.
     assert [(line[1], line[2]) for line in lines] == [("separate", "1"), ("merged", "1")]
     for line in lines:
         rate, median, p95 = (float(number.replace(",", "")) for number in line[3:6])
