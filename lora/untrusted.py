@@ -1,8 +1,7 @@
-"""Guards against untrusted adapter folders. A learner can skip this file.
+"""Checks of untrusted adapter folders. A learner can skip this file.
 
-Anyone may have made an adapter folder. What is read of it is JSON and safetensors, neither of which can run code; what
-remains are files that never end (a link to /dev/zero, a pipe), sizes that exceed memory, settings of odd types, and
-regular expressions that never finish.
+Only JSON and safetensors are read, neither of which can run code. The remaining risks are files without an end (a link
+to /dev/zero, a pipe), sizes that exceed memory, settings of wrong types, and regular expressions that never finish.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 
 from lora.config import LoRAConfig, LoRAError
 
-_LARGEST_JSON = _LARGEST_HEADER = 4 << 20  # bytes; the header of roberta-large's weights has 0.04 MiB
-# More than any encoder has layers to name; as many patterns as `re` keeps compiled.
-_MOST_NAMES, _MOST_PATTERNS = 1000, 250
+_MAX_JSON = _MAX_HEADER = 4 << 20  # bytes; the header of roberta-large's weights has 0.04 MiB
+# More names than any encoder has layers; as many patterns as `re` caches.
+_MAX_NAMES, _MAX_PATTERNS = 1000, 250
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -30,21 +29,19 @@ def _check_file(path: Path, largest: int) -> None:
         what = "not a regular file" if path.exists() else "no such file"
         raise LoRAError(f"{path}: {what}; an adapter folder needs its settings and its weights as safetensors")
     if (size := path.stat().st_size) > largest:
-        raise LoRAError(f"{path}: has {size:,} bytes, more than the {largest:,} that it may have")
+        raise LoRAError(f"{path}: has {size:,} bytes, more than the limit of {largest:,}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a regular file of at most 4 MiB. Raises LoRAError that names the file."""
     try:
-        _check_file(path, _LARGEST_JSON)
+        _check_file(path, _MAX_JSON)
         raw = json.loads(path.read_text(encoding="utf-8"))
     except LoRAError:
         raise
     except OSError as error:
         raise LoRAError(f"{path}: can't be read ({error.strerror})") from None
-    except RecursionError:
-        raise LoRAError(f"{path}: not valid JSON (nested too deeply); fetch the adapter again") from None
-    except ValueError as error:  # not UTF-8, not JSON, a number of thousands of digits
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, too many digits, nested too deeply
         raise LoRAError(f"{path}: not valid JSON ({error}); fetch the adapter again") from None
     if not isinstance(raw, dict):
         raise LoRAError(f"{path}: does not hold a JSON object; fetch the adapter again")
@@ -53,16 +50,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def open_weights(path: Path) -> Iterator[Any]:
-    """`safetensors.safe_open` for a file that may claim anything; the library itself checks lengths and offsets.
+    """`safetensors.safe_open` for an untrusted file; the library itself checks lengths and offsets.
 
-    Raises LoRAError if the file is missing or not a regular file, or for whatever is wrong with its header.
+    Raises LoRAError if the file is missing or not a regular file, or if its header is invalid.
     """
     try:
         _check_file(path, 1 << 62)
         with path.open("rb") as start:
             header = int.from_bytes(start.read(8), "little")
-        if header > _LARGEST_HEADER:
-            raise OSError(f"its header claims {header:,} bytes, more than {_LARGEST_HEADER:,}")
+        if header > _MAX_HEADER:
+            raise OSError(f"its header claims {header:,} bytes, more than {_MAX_HEADER:,}")
         try:
             file = safe_open(str(path), framework="pt")
         except RuntimeError as error:  # torch's, for a file that does not fit into the address space
@@ -77,15 +74,15 @@ def open_weights(path: Path) -> Iterator[Any]:
 def non_float_tensors(file: Any) -> dict[str, str]:
     """Name and type of the tensors of an open safetensors file that are not floating-point numbers of 16 bits or more.
 
-    Anything else (integers, complex numbers, packed 4-bit ones) has a meaning that a plain copy would lose.
+    Integers, complex and packed 4-bit numbers have a meaning that a plain copy would lose.
     """
     types = {key: file.get_slice(key).get_dtype() for key in file.keys()}
     return {key: kind for key, kind in types.items() if kind not in _FLOATS}
 
 
 def check_settings(path: Path, raw: dict[str, Any]) -> None:
-    """Raise LoRAError unless each known field of an adapter_config.json has its type, a sane size, and expressions
-    that can be matched in finite time."""
+    """Raise LoRAError unless each known field of an adapter_config.json has its type, a plausible size, and regular
+    expressions that can be matched in finite time."""
 
     def number(value: object) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
@@ -96,55 +93,47 @@ def check_settings(path: Path, raw: dict[str, Any]) -> None:
     def numbers_by_name(value: object) -> bool:
         return isinstance(value, dict) and all(map(number, value.values()))
 
-    def whole(value: object) -> bool:
-        return number(value) and isinstance(value, int) and value >= 0
+    def layers(value: object) -> bool:
+        numbers = value if isinstance(value, list) else [value]
+        return all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in numbers)
 
-    wanted = {
-        "r": (number, "a number"),
-        "lora_alpha": (number, "a number"),
-        "lora_dropout": (number, "a number"),
+    switches = [field.name for field in dataclasses.fields(LoRAConfig) if field.type == "bool"]
+    expected = {
+        **dict.fromkeys(("r", "lora_alpha", "lora_dropout"), (number, "a number")),
         "target_modules": (lambda value: isinstance(value, str) or names(value), "a list of names"),
         "modules_to_save": (names, "a list of names"),
-        "layers_to_transform": (
-            lambda value: whole(value) or (isinstance(value, list) and all(map(whole, value))),
-            "a list of layer numbers",
-        ),
-        "rank_pattern": (numbers_by_name, "numbers by name"),
-        "alpha_pattern": (numbers_by_name, "numbers by name"),
+        "layers_to_transform": (layers, "a list of layer numbers"),
+        **dict.fromkeys(("rank_pattern", "alpha_pattern"), (numbers_by_name, "numbers by name")),
         "bias": (lambda value: isinstance(value, str), "none, lora_only or all"),
-    } | {
-        field.name: (lambda value: isinstance(value, bool), "true or false")
-        for field in dataclasses.fields(LoRAConfig)
-        if field.type == "bool"
+        **dict.fromkeys(switches, (lambda value: isinstance(value, bool), "true or false")),
     }
-    for name, (fits, what) in wanted.items():
+    for name, (fits, what) in expected.items():
         value = raw.get(name)
         if value is None:
             continue
         if not fits(value):
             raise LoRAError(f"{path}: {name} is {str(value)[:80]!r}; it must be {what}")
-        most = _MOST_PATTERNS if isinstance(value, dict) else _MOST_NAMES
-        if isinstance(value, dict | list) and len(value) > most:
-            raise LoRAError(f"{path}: {name} has {len(value):,} entries; {most:,} at most are read")
+        limit = _MAX_PATTERNS if isinstance(value, dict) else _MAX_NAMES
+        if isinstance(value, dict | list) and len(value) > limit:
+            raise LoRAError(f"{path}: {name} has {len(value):,} entries, more than the limit of {limit:,}")
         for expression in value if isinstance(value, dict) else [value] if name == "target_modules" else []:
             if isinstance(expression, str) and could_hang(expression):
                 raise LoRAError(
-                    f"{path}: the regular expression {expression!r} could take forever to match; name the layers "
-                    "instead"
+                    f"{path}: the regular expression {expression!r} may not finish matching; name the layers instead"
                 )
 
 
 def could_hang(expression: str) -> bool:
-    """Whether matching a regular expression against a module's name could take longer than anyone waits.
+    """Whether matching a regular expression against a module's name may practically never finish.
 
-    Python's matcher goes back to try every way to divide a text among repeats. A repeated group that holds a repeat,
-    an option or a choice, like (a+)+, has exponentially many ways (Cox 2007, "Regular Expression Matching Can Be Simple
-    And Fast"); d repeats in a row have some n^d / d! for n characters, so three are allowed. On the safe side: some
-    harmless expressions are named too. No regular expression is compiled or run here.
+    Python's matcher backtracks through every way to divide a text among repeats. A repeated group that holds a repeat,
+    an option or a choice, like (a+)+, has exponentially many (Cox 2007, "Regular Expression Matching Can Be Simple And
+    Fast"); d consecutive repeats have about n^d / d! for n characters, so three are allowed. Conservative: also true
+    for some harmless expressions. The expression is neither compiled nor run.
     """
-    # Of each open group: repeats in a row of the alternatives before and in this one; anything in it to try again.
+    # Of each open group: most repeats in a row in earlier alternatives, repeats in the current one, can it backtrack.
     groups: list[list[Any]] = [[0, 0, False]]
-    closed: list[Any] | None = None  # the group that ended right before this character
+    closed: list[Any] | None = None  # the group that ended just before this character
     at = 0
     while at < len(expression):
         character, inner, closed = expression[at], closed, None
@@ -153,13 +142,13 @@ def could_hang(expression: str) -> bool:
         if character == "\\":
             at += 1
         elif character == "[":
-            at += 1 + (expression[at : at + 1] == "^")  # a "]" that comes first stands for itself
+            at += 1 + (expression[at : at + 1] == "^")  # a "]" that comes first is literal
             while at < len(expression) and expression[at] != "]":
                 at += 2 if expression[at] == "\\" else 1
             at += 1
         elif character == "(":
             groups.append([0, 0, False])
-            at += expression[at : at + 1] == "?"  # (?: and the like: no option
+            at += expression[at : at + 1] == "?"  # of (?: and the like: not an option
         elif character == ")" and len(groups) > 1:
             closed = groups.pop()
             groups[-1][1] += max(closed[0], closed[1])

@@ -1,7 +1,6 @@
 """Hyper-parameters of the encoder, read from a checkpoint's `config.json`.
 
-Nothing here is specific to one size: roberta-base, roberta-large, MiniLM and a two-layer toy are four values of one
-class. Weights are `roberta.weights`' business, and what a run trains is `training.config`'s.
+roberta-base, roberta-large, MiniLM and a two-layer toy are four values of one class.
 """
 
 from __future__ import annotations
@@ -12,37 +11,37 @@ from typing import Any
 
 from roberta.files import CheckpointError, read_json
 
-# No encoder is near these; a broken or hostile file must not make a million modules.
-_LARGEST = {"num_hidden_layers": 200, "num_attention_heads": 1000, "type_vocab_size": 1000}
-_LARGEST_OTHER = 10_000_000
-_MOST_LABELS = 50_000
+# Far above any encoder; a broken or hostile file must not create a million modules.
+_MAX = {"num_hidden_layers": 200, "num_attention_heads": 1000, "type_vocab_size": 1000}
+_MAX_OTHER = 10_000_000
+_MAX_LABELS = 50_000
 
 
 def _check_size(name: str, value: Any) -> None:
     """Raise CheckpointError unless a size is an integer in a plausible range."""
-    least, most = (0 if name == "pad_token_id" else 1), _LARGEST.get(name, _LARGEST_OTHER)
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise CheckpointError(f"{name} is {value!r}, it must be an integer from {least} to {most:,}")
+    minimum, maximum = (0 if name == "pad_token_id" else 1), _MAX.get(name, _MAX_OTHER)
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+        raise CheckpointError(f"{name} is {value!r}, it must be an integer from {minimum} to {maximum:,}")
 
 
 @dataclass(frozen=True)
 class RobertaConfig:
     """Sizes and constants of a RoBERTa encoder with a classification head.
 
-    Names and meanings are those of the published `config.json` files, so that a file is read field by field. Raises
-    CheckpointError for a size that no encoder has, a probability outside [0, 1), or sizes that don't go together.
+    Names and meanings are those of the published `config.json` files. Raises CheckpointError for an implausible size, a
+    probability outside [0, 1), or sizes that don't fit each other.
     Sources: Liu et al. 2019 (RoBERTa), section 2 and table 9; Devlin et al. 2018 (BERT), section 3.
     """
 
     model_type: str = "roberta"
-    """Architecture of the checkpoint: roberta, or a bert that is read as one."""
+    """Architecture of the checkpoint: roberta, or bert, which is converted."""
     vocab_size: int = 50265
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int = 3072
     max_position_embeddings: int = 514
-    """Rows of the position table. The first `pad_token_id + 1` are never used by a real token: see `max_length`."""
+    """Rows of the position table. Real tokens never use the first `pad_token_id + 1`: see `max_length`."""
     type_vocab_size: int = 1
     layer_norm_eps: float = 1e-5
     pad_token_id: int = 1
@@ -66,10 +65,12 @@ class RobertaConfig:
                     raise CheckpointError(f"{field.name} is {value!r}, it is a probability in [0, 1)")
         if self.hidden_size % self.num_attention_heads:
             raise CheckpointError(
-                f"hidden_size {self.hidden_size} can't be cut into {self.num_attention_heads} equal attention heads"
+                f"hidden_size {self.hidden_size} can't be divided into {self.num_attention_heads} equal attention heads"
             )
         if self.pad_token_id >= self.vocab_size:
-            raise CheckpointError(f"pad_token_id {self.pad_token_id} is no token of a vocabulary of {self.vocab_size}")
+            raise CheckpointError(
+                f"pad_token_id {self.pad_token_id} is not in the vocabulary of {self.vocab_size} tokens"
+            )
         if self.max_length < 1:
             raise CheckpointError(
                 f"max_position_embeddings {self.max_position_embeddings} leaves no room above pad_token_id "
@@ -83,18 +84,17 @@ class RobertaConfig:
 
     @property
     def max_length(self) -> int:
-        """Longest sequence in tokens: real positions start at `pad_token_id + 1`, so those rows are lost."""
+        """Longest sequence in tokens: real positions start at `pad_token_id + 1`."""
         return self.max_position_embeddings - (self.pad_token_id + 1)
 
     @classmethod
     def from_file(cls, path: str | Path) -> RobertaConfig:
-        """Read a checkpoint's `config.json`; a BERT one is translated (see `roberta.weights` for why that is exact).
+        """Read a checkpoint's `config.json`; a BERT one is converted exactly (see `roberta.weights`).
 
-        Raises CheckpointError if the file is not JSON, describes another architecture, or asks for what this encoder
-        does not do (another activation, relative positions, a decoder).
+        Raises CheckpointError if the file is not JSON or describes another architecture (another activation, relative
+        positions, a decoder).
         """
-        path = Path(path)
-        raw = read_json(path)
+        raw = read_json(Path(path))
         try:
             return cls.from_dict(raw)
         except CheckpointError as error:
@@ -114,7 +114,7 @@ class RobertaConfig:
         ):
             if raw.get(name, supported) != supported:
                 raise CheckpointError(f"{name} is {raw[name]!r}; this encoder computes {supported!r} only")
-        # transformers leaves fields at their class default out of some files: the defaults of its classes, not ours.
+        # Some files omit fields that are at the default of transformers' class, which is not always ours.
         defaults = {"max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12}
         bert = model_type == "bert"
         defaults |= {"vocab_size": 30522, "pad_token_id": 0} if bert else {"vocab_size": 50265, "pad_token_id": 1}
@@ -123,13 +123,13 @@ class RobertaConfig:
         if isinstance(labels := raw.get("id2label"), dict):
             if not labels or set(labels) != {str(index) for index in range(len(labels))}:
                 raise CheckpointError("id2label must number the labels 0, 1, 2, ... without gaps")
-            if len(labels) > _MOST_LABELS:
-                raise CheckpointError(f"id2label has {len(labels):,} labels; {_MOST_LABELS:,} at most are read")
+            if len(labels) > _MAX_LABELS:
+                raise CheckpointError(f"id2label has {len(labels):,} labels, more than the limit of {_MAX_LABELS:,}")
             values["label_names"] = tuple(str(labels[str(index)]) for index in range(len(labels)))
         if bert:
             for name in ("max_position_embeddings", "pad_token_id"):
                 _check_size(name, values[name])
-            # The position table gains pad_token_id + 1 rows at the top, and a single segment needs one type row.
+            # The position table gets pad_token_id + 1 rows at the top, and a single segment needs one type row.
             values["max_position_embeddings"] += values["pad_token_id"] + 1
             values["type_vocab_size"] = 1
         return cls(**values)
@@ -153,7 +153,7 @@ PUBLISHED = {
     "roberta-large": RobertaConfig(
         hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
     ),
-    "minilm": RobertaConfig(  # a BERT: its 512 positions and the row of padding
+    "minilm": RobertaConfig(  # a BERT: 512 positions and the padding row
         model_type="bert",
         vocab_size=30522,
         hidden_size=384,
@@ -163,4 +163,4 @@ PUBLISHED = {
         pad_token_id=0,
     ),
 }
-"""Sizes of the checkpoints that are known by name. Sources: Liu et al. 2019, table 9; Wang et al. 2020, section 4."""
+"""Sizes of the checkpoints known by name. Sources: Liu et al. 2019, table 9; Wang et al. 2020, section 4."""

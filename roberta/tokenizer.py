@@ -1,7 +1,7 @@
-"""Text to token ids, on the `tokenizers` library: the ids that `transformers` gives for the same files.
+"""Text to token ids with the `tokenizers` library: the same ids as `transformers` gives for the same files.
 
 Two kinds of files: `vocab.json` + `merges.txt` (RoBERTa's byte-level BPE), or one `tokenizer.json` that describes any
-tokenizer whole (WordPiece for BERT). Padding is the batch's business: see `data.batching`.
+tokenizer (WordPiece for BERT). Padding happens in `data.batching`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from roberta.config import RobertaConfig
-from roberta.files import LARGEST_TOKENIZER, CheckpointError, check_file
+from roberta.files import MAX_TOKENIZER, CheckpointError, check_file
 
-# As transformers 5 reads these files; 4 also let <mask> swallow the space before it, as tokenizer.json files may say.
+# As in transformers 5; in 4, <mask> also removed the space before it, as a tokenizer.json may still do.
 _ROBERTA_SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-# The roles of special tokens, as transformers names them: what fills each in RoBERTa's vocabulary and in BERT's.
+# The roles of special tokens, as transformers names them, with RoBERTa's token and BERT's.
 _SPECIAL_TOKENS = {
     "bos_token": ("<s>", "[CLS]"),
     "eos_token": ("</s>", "[SEP]"),
@@ -31,10 +31,10 @@ _SPECIAL_TOKENS = {
 
 
 class TextTokenizer:
-    """A tokenizer with its special tokens, truncating to `max_length` tokens (special ones included).
+    """A tokenizer that truncates to `max_length` tokens, special tokens included.
 
-    As in `transformers`, a special token spelled out in the text ("<s>") is read as that token. Raises CheckpointError
-    if the vocabulary has no padding token.
+    As in `transformers`, a special token spelled out in the text ("<s>") becomes that token. Raises CheckpointError if
+    the vocabulary has no padding token.
     """
 
     def __init__(self, tokenizer: Tokenizer, max_length: int) -> None:
@@ -51,12 +51,12 @@ class TextTokenizer:
     def from_directory(cls, directory: str | Path, max_length: int) -> TextTokenizer:
         """Read `tokenizer.json`, or else `vocab.json` + `merges.txt`.
 
-        Raises CheckpointError if neither is there or a file is broken.
+        Raises CheckpointError if both are missing or a file is damaged.
         """
         directory = Path(directory)
-        whole, vocab, merges = (directory / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
-        if whole.is_file():
-            source, files, build = whole, [whole], lambda: Tokenizer.from_file(str(whole))
+        single, vocab, merges = (directory / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+        if single.is_file():
+            source, files, build = single, [single], lambda: Tokenizer.from_file(str(single))
         elif vocab.is_file() and merges.is_file():
             source, files, build = vocab, [vocab, merges], lambda: _byte_level_bpe(vocab, merges)
         else:
@@ -64,7 +64,7 @@ class TextTokenizer:
                 f"{directory}: holds no tokenizer; it needs tokenizer.json, or vocab.json + merges.txt"
             )
         for file in files:
-            check_file(file, LARGEST_TOKENIZER)
+            check_file(file, MAX_TOKENIZER)
         try:
             return cls(build(), max_length)
         except CheckpointError as error:
@@ -74,66 +74,58 @@ class TextTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added ones included: every id is below it."""
+        """Largest id + 1, added tokens included."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever the ids of some text could: a hash of vocabulary, rules and truncation."""
+        """A hash of vocabulary, rules and truncation, everything that decides the ids of a text."""
         return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
 
     def check_fits(self, config: RobertaConfig, where: str | Path) -> None:
-        """Raise CheckpointError, naming `where` it came from, unless the model can read what the tokenizer gives.
+        """Raise CheckpointError, naming the folder `where`, unless the model can read the ids of this tokenizer.
 
-        Every id must have a row of the embedding table, those put around a text included, which a tokenizer.json may
-        name without having them in its vocabulary; and a text must begin with a token put there, as the vector of the
-        first one is what is classified.
+        Every id must have a row in the embedding table, also those added around a text, which a tokenizer.json may name
+        without having them in its vocabulary. A text must begin with an added token, whose vector is classified.
         """
-        if self.vocab_size > config.vocab_size:
-            raise CheckpointError(
-                f"{where}: the tokenizer has ids up to {self.vocab_size - 1}, the model rows for {config.vocab_size}; "
-                "they are of different checkpoints"
-            )
         around, with_text = self.encode_batch(["", "a text"])
-        if max(len(around), len(with_text)) > self.max_length:
-            raise CheckpointError(
-                f"{where}: the tokenizer puts {len(around)} tokens around a text, and {self.max_length} is the longest"
-            )
-        if not around:
-            raise CheckpointError(
-                f"{where}: the tokenizer puts no token before a text, such as <s>; its tokenizer.json lacks the "
-                "post_processor"
-            )
-        if (largest := max(around + with_text)) >= config.vocab_size:
-            raise CheckpointError(
-                f"{where}: the tokenizer puts id {largest} around a text, the model has rows for {config.vocab_size}; "
-                "they are of different checkpoints"
-            )
-        if self.pad_token_id != config.pad_token_id:
-            raise CheckpointError(
-                f"{where}: padding is id {self.pad_token_id} to the tokenizer and {config.pad_token_id} to the model; "
-                "they are of different checkpoints"
-            )
+        largest, rows = max(around + with_text, default=0), config.vocab_size
+        other = "they are from different checkpoints"
+        for wrong, problem in (
+            (self.vocab_size > rows, f"has ids up to {self.vocab_size - 1}, the model rows for {rows}; {other}"),
+            (
+                max(len(around), len(with_text)) > self.max_length,
+                f"adds {len(around)} tokens to a text, and the maximum is {self.max_length}",
+            ),
+            (not around, "adds no token before a text, such as <s>; its tokenizer.json lacks the post_processor"),
+            (largest >= rows, f"adds id {largest} to a text, the model has rows for {rows}; {other}"),
+            (
+                self.pad_token_id != config.pad_token_id,
+                f"has padding id {self.pad_token_id}, the model {config.pad_token_id}; {other}",
+            ),
+        ):
+            if wrong:
+                raise CheckpointError(f"{where}: the tokenizer {problem}")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text with its special tokens, at most `max_length`; no padding."""
         return self.encode_batch_with_cuts(texts)[0]
 
     def encode_batch_with_cuts(self, texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
-        """The ids as `encode_batch` gives them, and for each text whether it was longer than `max_length`.
+        """The ids as from `encode_batch`, and for each text whether it was truncated.
 
-        Raises CheckpointError if the tokenizer's own rules fail on a text, such as an expression that never ends.
+        Raises CheckpointError if the tokenizer fails on a text, as with a regular expression that never finishes.
         """
         try:
             encodings = self._tokenizer.encode_batch_fast(list(texts))
-        except BaseException as error:  # the library's: Exception itself, or the panic of its own language
+        except BaseException as error:  # the library raises Exception itself, or Rust's panic
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise CheckpointError(f"the tokenizer fails on a text ({error}); fetch the checkpoint again") from None
         return [encoding.ids for encoding in encodings], [bool(encoding.overflowing) for encoding in encodings]
 
     def save(self, directory: str | Path) -> None:
-        """Write `tokenizer.json`, without truncation, and the small file by which `transformers` recognises it."""
+        """Write `tokenizer.json`, without truncation, and the settings that `transformers` needs to open it."""
         directory = Path(directory)
         plain = Tokenizer.from_str(self._tokenizer.to_str())
         plain.no_truncation()
@@ -144,7 +136,7 @@ class TextTokenizer:
             for role, names in _SPECIAL_TOKENS.items()
             if any(token in vocabulary for token in names)
         }
-        # Without this file transformers takes the tokenizer class of config.json's model_type, whatever the vocabulary.
+        # Without this file transformers takes the tokenizer class of config.json's model_type.
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.max_length} | roles
         (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 

@@ -141,7 +141,7 @@ def test_a_missing_file(folder, name):
         ({"hidden_size": "8"}, "hidden_size is '8'"),
         ({"num_attention_heads": 3}, "3 equal attention heads"),
         ({"max_position_embeddings": 2}, "leaves no room"),
-        ({"pad_token_id": 5000}, "pad_token_id 5000 is no token"),
+        ({"pad_token_id": 5000}, "pad_token_id 5000 is not in the vocabulary"),
         ({"id2label": {"0": "a", "2": "b"}}, "id2label"),
     ],
 )
