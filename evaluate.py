@@ -157,8 +157,7 @@ def read_texts(arguments: Arguments) -> list[str]:
     """The texts given by --text and --file. Raises ConfigError for an empty text or a file that can't be read."""
     if arguments.text == ():
         raise ConfigError('--text has no text; write one after it, in quotes: --text "Oil prices rise"')
-    texts = list(arguments.text or ())
-    sources = [f"--text number {i + 1}" for i in range(len(texts))]
+    texts = {f"--text number {i}": text for i, text in enumerate(arguments.text or (), start=1)}
     if arguments.file is not None:
         try:
             # Not `splitlines`, which also splits at a form feed and at Unicode's line separators.
@@ -168,14 +167,13 @@ def read_texts(arguments: Arguments) -> list[str]:
             raise ConfigError(f"{arguments.file}: can't be read ({error.strerror})") from None
         except UnicodeDecodeError as error:
             raise ConfigError(f"{arguments.file}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-        texts += lines
-        sources += [f"{arguments.file}, line {i + 1}" for i in range(len(lines))]
+        texts |= {f"{arguments.file}, line {i}": line for i, line in enumerate(lines, start=1)}
         if not lines:
             raise ConfigError(f"{arguments.file}: is empty; write one text per line")
-    for text, source in zip(texts, sources, strict=True):
+    for source, text in texts.items():
         if not text.strip():
             raise ConfigError(f"{source}: the text is empty; remove it or write one")
-    return texts
+    return list(texts.values())
 
 
 def classify(trained: Trained, texts: list[str]) -> torch.Tensor:

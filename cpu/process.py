@@ -1,4 +1,4 @@
-"""Settings of this process that make a CPU faster: oneDNN for float32 matmuls, freed memory kept."""
+"""Process-wide settings for CPUs: oneDNN for float32 matmuls, freed memory kept."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def allow_onednn() -> None:
     """Let torch compute float32 matmuls by oneDNN instead of BLAS, if it computes them in float32.
 
     torch does so where bfloat16 inside a matmul is allowed. Whether that changes the numbers depends on the processor:
-    oneDNN rounds to bfloat16 where there are matrix units for it (Intel's AMX), and otherwise computes in float32, on a
-    processor with AVX-512 not made by Intel twice as fast as MKL (docs/performance.md). So the setting is kept only if
-    a product that would show rounding shows none, and never with AMX, whose choice may differ from size to size.
+    oneDNN rounds to bfloat16 where there are matrix units for it (Intel's AMX), and otherwise computes in float32, on
+    non-Intel processors with AVX-512 twice as fast as MKL (docs/performance.md). So the setting is kept only if a
+    product that would reveal rounding is exact, and never with AMX, where it may depend on the size.
     """
     matmul = torch.backends.mkldnn.matmul
-    capabilities = getattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": True})()  # an older torch can't tell
+    capabilities = getattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": True})()  # missing in older torch
     if not torch.backends.mkldnn.is_available() or capabilities.get("amx_tile", False):
         return
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
@@ -33,13 +33,13 @@ def allow_onednn() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc's malloc keep what this process frees, for its own next tensors; elsewhere nothing is changed.
+    """Let glibc's malloc reuse freed memory for the next tensors; without glibc nothing is changed.
 
-    A tensor of more than 32 MiB is otherwise mapped anew each time, and the kernel clears it page by page when it is
-    first written: 10 ms for the 48 MiB between the two matmuls of RoBERTa-base's feed-forward, several times what GELU
-    takes to fill it (docs/performance.md). The price is a larger peak. A setting of malloc in the environment has
-    priority: `MALLOC_TRIM_THRESHOLD_=131072` gives memory back.
-    Source: Linux man-pages, mallopt(3): M_MMAP_MAX 0 maps nothing, M_TRIM_THRESHOLD -1 gives nothing back.
+    A tensor of more than 32 MiB is otherwise mapped again each time, and the kernel clears it page by page on the first
+    write: 10 ms for the 48 MiB between the two matmuls of RoBERTa-base's feed-forward, several times what GELU takes to
+    fill it (docs/performance.md). The cost is a higher peak. A malloc setting in the environment has priority:
+    `MALLOC_TRIM_THRESHOLD_=131072` returns memory to the system.
+    Source: Linux man-pages, mallopt(3): M_MMAP_MAX 0 disables mapping, M_TRIM_THRESHOLD -1 disables trimming.
     """
     if sys.platform != "linux" or any(name in os.environ for name in _MALLOC_SETTINGS):
         return

@@ -1,4 +1,4 @@
-"""Files that replace others: written completely or not at all, and on the disk before they count."""
+"""Atomic replacement of files, flushed to the disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def flush(path: Path) -> None:
-    """Wait until the content of a file, or the names in a folder, are on the disk and survive a power cut.
+    """Wait until the content of a file, or the names in a folder, are on the disk, so that they survive a power cut.
 
     A rename is stored in the folder, not in the file (Linux man-pages, fsync(2)). Raises OSError, except where the file
     system does not support flushing (some network folders).
@@ -27,9 +27,9 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; at the end of the block it replaces `path` in one step.
+    """A temporary path in the same folder; at the end of the block it replaces `path` atomically.
 
-    If the block raises, `path` is unchanged, and an OSError names `path`. What a killed process left is overwritten.
+    If the block raises, `path` is unchanged, and an OSError names `path`. A leftover file is overwritten.
     """
     part = path.with_name(f"{path.name}.part")
     try:

@@ -1,7 +1,7 @@
-"""A method in a whole model: which linear layers are wrapped, what is frozen, how many parameters are trained.
+"""Adapters in a model: which linear layers are wrapped, what is frozen, how many parameters are trained.
 
-Works on any `nn.Module` that holds `nn.Linear`. The layer itself is `lora.linear`, the rules by which names are matched
-are `lora.targets`, files are `lora.peft_format`.
+Works on any `nn.Module` that contains `nn.Linear`. The layer is in `lora.linear`, the matching of names in
+`lora.targets`, files in `lora.peft_format`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from lora.targets import layer_index, matches
 
 
 def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
-    """Wrap the targeted linear layers of `model`, in place, and freeze everything that is not to be trained.
+    """Wrap the targeted linear layers of `model`, in place, and freeze everything else.
 
-    Trained afterwards: the adapters' own parameters, the biases that `config.bias` names, and the modules in
-    `config.modules_to_save`. Everything else has `requires_grad = False`. The settings are remembered on the model, as
+    Trainable afterwards: the adapters' own parameters, the biases that `config.bias` names, and the modules in
+    `config.modules_to_save`. Everything else has `requires_grad = False`. The settings are stored on the model, as
     `model.adapter_config`. Returns the same model.
 
     Raises LoRAError, before anything is changed, if a target or a module to save matches nothing, if a target is not
@@ -31,7 +31,7 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     targets = targeted_linears(model, config)
     saved = saved_modules(model, config)
 
-    model.requires_grad_(False)  # everything; the adapters' parameters, made below, are new and trainable
+    model.requires_grad_(False)  # everything; the adapters' parameters, created below, are trainable
     for name, linear in targets.items():
         _replace(model, name, config.wrap(linear, name).train(linear.training))
         if config.bias == "lora_only" and linear.bias is not None:
@@ -47,15 +47,15 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """Every adapter of the model by the name of the layer that it wraps."""
+    """Every adapter of the model, by the name of the wrapped layer."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
 
 
 def targeted_linears(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Linear]:
-    """The layers that `config` means, by name, in the model's order.
+    """The layers that `config` selects, by name, in the model's order.
 
-    Those whose name is in `target_modules`, or ends in a dot and one of them, that lie in one of `layers_to_transform`
-    and not in a module that is trained fully. Raises LoRAError for a target that means no linear layer.
+    Those that `target_modules` match, in one of `layers_to_transform` and not in a fully trained module. Raises
+    LoRAError for a target that matches no linear layer.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     layers = config.layers_to_transform
@@ -65,7 +65,7 @@ def targeted_linears(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Linea
         have = f"layers {min(present)} to {max(present)}" if present else "no numbered layers"
         raise LoRAError(f"lora: layers_to_transform: no layer {', '.join(map(str, absent))}; the model has {have}")
 
-    # A module that is trained fully needs no update beside it, so its layers are never targets (peft's rule).
+    # The layers of a fully trained module need no update, so they are never targets (peft's rule).
     fully_trained = tuple(saved_modules(model, config))
     candidates = {
         name: module
@@ -91,7 +91,7 @@ def targeted_linears(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Linea
 
 
 def saved_modules(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
-    """The modules that `config.modules_to_save` means: those whose name ends in one of its entries, as in peft."""
+    """The modules whose name ends in an entry of `config.modules_to_save`, as in peft."""
     chosen: dict[str, nn.Module] = {}
     for wanted in config.modules_to_save:
         hits = {name: module for name, module in model.named_modules() if matches([wanted], name)}
@@ -103,7 +103,7 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
 
 
 def _endings(names: Iterable[str]) -> str:
-    """The distinct names without what leads up to the layer number, for error messages."""
+    """The distinct names without the path up to the layer number, for error messages."""
     return ", ".join(dict.fromkeys(_within_layer(name) for name in names))
 
 
@@ -115,7 +115,7 @@ def _within_layer(name: str) -> str:
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where `model` holds the submodule called `name`."""
+    """Replace the submodule `name` of `model` by `module`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
@@ -135,7 +135,7 @@ def unmerge_lora(model: nn.Module) -> None:
 def unload_lora(model: nn.Module) -> nn.Module:
     """Replace every adapter by its linear layer, in place: merged ones keep their update, others lose it.
 
-    `merge_lora(model)` followed by `unload_lora(model)` is peft's `merge_and_unload()`. What was frozen stays frozen.
+    `merge_lora(model)` followed by `unload_lora(model)` is peft's `merge_and_unload()`. Frozen parameters stay frozen.
     Returns the same model.
     """
     for name, adapter in adapters(model).items():
@@ -150,15 +150,15 @@ class ParameterCount:
     """Parameters of a model, each tensor counted once.
 
     peft's `get_nb_trainable_parameters()` gives the same `trainable`; its total is larger by the size of the modules
-    in `modules_to_save`, as it keeps a frozen original beside each trained copy. With `bias="all"` peft also counts the
-    biases of those originals as trained, though nothing reads them; here they do not exist.
+    in `modules_to_save`, of which it keeps a frozen original and a trained copy. With `bias="all"` peft also counts the
+    unused biases of those originals as trained; here they do not exist.
     """
 
     trainable: int
     total: int
     parts: dict[str, tuple[int, int]]
     """(trainable, total) of each part: modules by the first two names of their paths, such as roberta.encoder, without
-    their adapters; and the adapters by target."""
+    adapters; and adapters by target."""
 
     @property
     def percentage(self) -> float:
@@ -175,7 +175,7 @@ class ParameterCount:
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count trainable and total parameters, and attribute them to parts of the model."""
+    """Count trainable and total parameters, also for each part of the model."""
     wrapped = adapters(model)
     parts: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():  # names a shared tensor once

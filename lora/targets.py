@@ -1,6 +1,6 @@
-"""Which module names a configuration means: peft's rules, on plain strings.
+"""Which module names a configuration selects: peft's rules, on strings.
 
-Names are dotted paths as `model.named_modules()` gives them; `lora.inject` applies these rules to a model.
+Names are dotted paths as from `model.named_modules()`; `lora.inject` applies these rules to a model.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ Value = TypeVar("Value")
 
 
 def matches(targets: str | Collection[str], name: str, layers: Collection[int] | None = None) -> bool:
-    """Whether `name` is meant by `targets`, in one of `layers` (None: in any).
+    """Whether `targets` select `name`, in one of `layers` (None: in any).
 
-    A string is a regular expression that must match the whole name. A collection means: the name is one of them, or
-    ends in "." and one of them. So `output.dense` means both `layer.0.output.dense` and
-    `layer.0.attention.output.dense`, while `attention.output.dense` means the second only. `layers` restricts the ends
-    of names; a regular expression or a whole name says by itself which layer it means.
+    A string is a regular expression that must match the full name. A collection selects names that are one of its
+    items, or end in "." and one of them: `output.dense` selects both `layer.0.output.dense` and
+    `layer.0.attention.output.dense`, `attention.output.dense` only the second. `layers` restricts items that are ends
+    of names; a regular expression or a full name determines its layer itself.
     """
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
@@ -28,7 +28,7 @@ def matches(targets: str | Collection[str], name: str, layers: Collection[int] |
 
 
 def layer_index(name: str) -> int | None:
-    """The number of the layer that `name` lies in: the first that has two names before it and one behind, as in
+    """The number of the layer that contains `name`: the first with two names before it and one after it, as in
     "encoder.layer.3.output"; None without such a number, also for "layer.3.output" (peft's rule).
     """
     found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
@@ -36,9 +36,9 @@ def layer_index(name: str) -> int | None:
 
 
 def pattern_value(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
-    """The value of the first pattern that is the end of `name`, as `rank_pattern` and `alpha_pattern` are read.
+    """The value of the first pattern that matches the end of `name`: peft's rule for `rank_pattern`, `alpha_pattern`.
 
-    A pattern is a regular expression that must match the whole name, or all of it that follows some ".".
+    A pattern is a regular expression that must match the full name, or all of it after some ".".
     """
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", name):

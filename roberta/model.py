@@ -1,8 +1,8 @@
 """RoBERTa: embeddings, attention, feed-forward, encoder, classification head.
 
-The modules carry the names of the published checkpoints (`roberta.encoder.layer.0.attention.self.query`, ...), so a
-checkpoint's keys, a peft adapter's keys and the paths one types for a LoRA target are all the paths of this tree.
-Nothing here knows of LoRA: `lora.inject` replaces linear layers of this tree from outside.
+The modules have the names of the published checkpoints (`roberta.encoder.layer.0.attention.self.query`, ...), so a
+checkpoint's keys, a peft adapter's keys and LoRA targets are all paths of this module tree. Nothing here knows of LoRA:
+`lora.inject` replaces linear layers from outside.
 
 Shapes: `batch` sequences of `seq` tokens, each a vector of `hidden` numbers; `heads` attention heads of
 `head = hidden / heads` each.
@@ -96,7 +96,7 @@ class SelfAttention(nn.Module):
 
 
 class AddAndNorm(nn.Module):
-    """What closes each half of a layer: y = LayerNorm(residual + dropout(x W^T + b)).
+    """The end of each sublayer: y = LayerNorm(residual + dropout(x W^T + b)).
 
     LayerNorm after the sum ("post-LN"), as published; later models moved it in front of the matmuls.
     """
@@ -150,7 +150,7 @@ class Intermediate(nn.Module):
 
 
 class Layer(nn.Module):
-    """One encoder layer: attention, then the feed-forward network, each closed by `AddAndNorm`."""
+    """One encoder layer: attention, then the feed-forward network, each ending in `AddAndNorm`."""
 
     def __init__(self, config: RobertaConfig) -> None:
         super().__init__()
@@ -220,10 +220,9 @@ class ClassificationHead(nn.Module):
 
 
 class RobertaForSequenceClassification(nn.Module):
-    """The encoder with the head on top: what is trained, saved and evaluated here.
+    """The encoder and the classification head.
 
-    A model built directly has PyTorch's default initial values; `roberta.weights.load_checkpoint` builds one with a
-    checkpoint's.
+    A model built directly has PyTorch's default initial values; `roberta.weights.load_checkpoint` loads a checkpoint's.
     """
 
     def __init__(self, config: RobertaConfig) -> None:

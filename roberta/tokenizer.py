@@ -131,11 +131,8 @@ class TextTokenizer:
         plain.no_truncation()
         (directory / "tokenizer.json").write_text(plain.to_str(pretty=True), encoding="utf-8")
         vocabulary = plain.get_vocab(with_added_tokens=True)
-        roles = {
-            role: next(token for token in names if token in vocabulary)
-            for role, names in _SPECIAL_TOKENS.items()
-            if any(token in vocabulary for token in names)
-        }
+        present = {role: [name for name in names if name in vocabulary] for role, names in _SPECIAL_TOKENS.items()}
+        roles = {role: tokens[0] for role, tokens in present.items() if tokens}
         # Without this file transformers takes the tokenizer class of config.json's model_type.
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.max_length} | roles
         (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

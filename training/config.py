@@ -2,8 +2,8 @@
 
     python train.py experiments/quickstart.toml --lora.rank 8 --train.epochs 2
 
-Types, names (an unknown one is an error) and values are checked when a config is made; what depends on the data or the
-checkpoint is checked where they are read.
+Types, names and values are checked when a config is made; what depends on the data or the checkpoint, when they are
+read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from training.errors import ConfigError
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The pretrained checkpoint, and what is changed in it."""
+    """The pretrained checkpoint and changes to it."""
 
     checkpoint: str = "roberta-base"
     """roberta-base, roberta-large, minilm, a hub id, or a folder."""
@@ -92,16 +92,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         above_zero = "epochs batch_size accumulation_steps eval_batch_size learning_rate log_every checkpoint_minutes"
-        for name in [*above_zero.split(), "checkpoint_keep"]:
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"train.{name} is {getattr(self, name)!r}; it must be above 0")
+        for name in [*above_zero.split(), "checkpoint_keep", "max_trainable"]:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"train.{name} is {value!r}; it must be above 0")
         for name in ("patience", "weight_decay", "max_grad_norm", "seed", "checkpoint_steps"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"train.{name} is {getattr(self, name)!r}; it must be 0 or more")
         if not 0 <= self.warmup_fraction <= 1:
             raise ConfigError(f"train.warmup_fraction is {self.warmup_fraction!r}; it is a share of the steps, 0 to 1")
-        if self.max_trainable is not None and self.max_trainable < 1:
-            raise ConfigError(f"train.max_trainable is {self.max_trainable!r}; it must be above 0")
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_config(raw: dict[str, Any], path: str | Path) -> RunConfig:
-    """Check parsed TOML and make a RunConfig of it; `path` is for the error message. Raises as `read_config` does."""
+    """Convert parsed TOML to a RunConfig; `path` is for error messages. Raises as `read_config` does."""
     try:
         # Strict, so that "8" is not a number; as JSON, so that an array may become a tuple and 14 a float.
         return _VALIDATOR.validate_json(json.dumps(raw, default=str), strict=True)
@@ -177,7 +176,7 @@ def _known_fields(sections: list[str]) -> str:
 
 
 def parse_command_line(arguments: list[str]) -> RunConfig:
-    """`CONFIG [--field value ...]`, or options alone on top of the defaults. Raises ConfigError; --help exits."""
+    """`CONFIG [--field value ...]`, or only options, over the defaults. Raises ConfigError; --help exits."""
     config, options = RunConfig(), arguments
     if arguments and not arguments[0].startswith("-"):
         config, options = read_config(arguments[0]), arguments[1:]
@@ -185,7 +184,7 @@ def parse_command_line(arguments: list[str]) -> RunConfig:
 
 
 def write_config(config: RunConfig, path: str | Path) -> None:
-    """Write `config` as TOML, without the fields that are None: TOML has no such value."""
+    """Write `config` as TOML, without the fields that are None, for which TOML has no value."""
     Path(path).write_text(tomli_w.dumps(_without_none(dataclasses.asdict(config))), encoding="utf-8")
 
 

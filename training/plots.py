@@ -1,7 +1,6 @@
 """Curves of one or several runs, drawn from `metrics.jsonl` and `report.json` alone.
 
-The same drawing becomes an image (PNG, on white) or part of a page (SVG in the page's colours, legible on light and on
-dark).
+The same drawing becomes an image (PNG, on white) or part of a page (SVG in the page's light or dark colours).
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 Draw = Callable[["Axes"], None]
 
-# Okabe & Ito's palette, which colour-blind readers can distinguish; the markers distinguish curves without colour.
+# Okabe & Ito's palette for colour-blind readers; the markers distinguish curves without colour.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D1F", "#6E6E6E")
 _MARKERS = "os^Dv<>p"
 _LINES = ("-", "--", ":", "-.")  # the ninth run has the first colour again, dashed
@@ -34,7 +33,7 @@ _INK = "#010203"  # placeholder for the text colour of the page
 
 @dataclass(frozen=True)
 class Curves:
-    """What a run has logged."""
+    """The metrics and the report of a run."""
 
     name: str
     steps: list[dict[str, Any]]
@@ -60,7 +59,7 @@ def read_curves(folder: RunFolder) -> Curves:
 
 
 def draw_plots(folder: RunFolder) -> None:
-    """Write plots/loss.png, learning_rate.png, scores.png and confusion.png, those for which the run has data."""
+    """Write plots/loss.png, learning_rate.png, scores.png and confusion.png, as far as the run has data."""
     folder.plots.mkdir(exist_ok=True)
     for name, (draw, size) in panels_of(read_curves(folder)).items():
         save_png(draw, folder.plots / f"{name}.png", size)
@@ -81,7 +80,7 @@ def panels_of(run: Curves) -> dict[str, tuple[Draw, tuple[float, float]]]:
     return panels
 
 
-# Metric -> title, axis label with unit, and what it is logged by.
+# Metric -> title, axis label with unit, and unit of the x axis.
 METRICS = {
     "loss": ("Training loss", "cross-entropy (nats)", "step"),
     "validation_loss": ("Validation loss", "cross-entropy (nats)", "epoch"),
@@ -107,14 +106,20 @@ def draw_metric(axes: Axes, runs: Sequence[Curves], metric: str) -> None:
             y = smoothed(y)
         marker = _MARKERS[i % len(_MARKERS)] if unit == "epoch" else None
         axes.plot(x, y, color=colour, linestyle=style, marker=marker, markersize=4, label=run.name)
-    axes.set(xlabel="optimizer step" if unit == "step" else "epoch", ylabel=label, title=title)
+    axes.set(ylabel=label, title=title)
+    _finish(axes, unit)
+    if len(runs) > 1:
+        axes.legend(frameon=False, fontsize=7)
+
+
+def _finish(axes: Axes, unit: str) -> None:
+    """Label the x axis, which counts steps or epochs, and draw the grid."""
+    axes.set_xlabel("optimizer step" if unit == "step" else "epoch")
     if unit == "epoch":
         axes.xaxis.get_major_locator().set_params(integer=True)
     else:
         axes.set_ylim(bottom=0)
     axes.grid(alpha=0.2)
-    if len(runs) > 1:
-        axes.legend(frameon=False, fontsize=7)
 
 
 def smoothed(values: np.ndarray, weight: float = 0.6) -> np.ndarray:
@@ -133,10 +138,9 @@ def _losses(axes: Axes, run: Curves) -> None:
     if run.validations:
         at, losses = zip(*((line["step"], line["loss"]) for line in run.validations), strict=True)
         axes.plot(at, losses, color=PALETTE[1], marker="o", label="validation")
-    axes.set(xlabel="optimizer step", ylabel="cross-entropy (nats)", title="Loss")
-    axes.set_ylim(bottom=0)
+    axes.set(ylabel="cross-entropy (nats)", title="Loss")
+    _finish(axes, "step")
     axes.legend(frameon=False)
-    axes.grid(alpha=0.2)
 
 
 def _scores(axes: Axes, run: Curves) -> None:
@@ -145,23 +149,17 @@ def _scores(axes: Axes, run: Curves) -> None:
         label = name if name == "accuracy" else f"macro {'F1' if name == 'f1' else name}"
         values = [100 * line[name] for line in run.validations]
         axes.plot(epochs, values, color=PALETTE[i], marker=_MARKERS[i], markersize=5, label=label)
-    axes.set(xlabel="epoch", ylabel="validation score (%)")
+    axes.set_ylabel("validation score (%)")
     axes.set_title("Validation scores", pad=24)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    _finish(axes, "epoch")
     legend_above(axes)
-    axes.grid(alpha=0.2)
 
 
 def legend_above(*sides: Axes) -> None:
-    """Put one legend for all curves above the plot, where it covers no curve; a title above it needs `pad=24` points.
-
-    `sides` are the axes that share the plot, one per scale.
-    """
+    """Put one legend for all curves of `sides`, axes that share a plot, above it; its title needs `pad=24` points."""
     lines = [line for side in sides for line in side.get_lines()]
-    labels = [str(line.get_label()) for line in lines]
-    sides[0].legend(
-        lines, labels, fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(lines)
-    )
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": len(lines)}
+    sides[0].legend(lines, [str(line.get_label()) for line in lines], fontsize=8, frameon=False, **place)
 
 
 def _confusion(axes: Axes, report: dict[str, Any]) -> None:
@@ -185,10 +183,7 @@ def save_png(draw: Draw, path: Path, size: tuple[float, float]) -> None:
 
 
 def to_svg(draw: Draw, size: tuple[float, float], name: str) -> str:
-    """Draw as SVG for a page that sets `color` and --series-0 to --series-7.
-
-    `name` is put before every id, so that several drawings can share a page.
-    """
+    """Draw as SVG for a page that sets `color` and --series-0 to --series-7; `name` prefixes every id."""
     ink = "text.color axes.labelcolor axes.edgecolor axes.titlecolor xtick.color ytick.color grid.color".split()
     settings = {**dict.fromkeys(ink, _INK), "figure.facecolor": "none", "axes.facecolor": "none"}
     settings |= {"font.family": "sans-serif", "svg.fonttype": "none", "svg.hashsalt": name}
@@ -205,7 +200,7 @@ def to_svg(draw: Draw, size: tuple[float, float], name: str) -> str:
 
 
 def _figure(draw: Draw, size: tuple[float, float]) -> Figure:
-    from matplotlib.figure import Figure  # no window, no global state
+    from matplotlib.figure import Figure  # without pyplot's global state
 
     figure = Figure(figsize=size, layout="constrained")
     draw(figure.subplots())
@@ -213,7 +208,7 @@ def _figure(draw: Draw, size: tuple[float, float]) -> Figure:
 
 
 def _matplotlib(settings: dict[str, Any]) -> Any:
-    """A context with settings for the drawings made inside it."""
+    """A context with matplotlib settings."""
     import matplotlib  # slow to import, and needed only at the end of a run
 
     return matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, **settings})

@@ -175,8 +175,7 @@ class Recorder:
     def end_epoch(self, validation: Scores) -> None:
         """Log the validation scores of the epoch, count it, save a checkpoint."""
         state = self.state
-        names = ("loss", "accuracy", "precision", "recall", "f1")
-        scores = {name: getattr(validation, name) for name in names}
+        scores = {name: getattr(validation, name) for name in ("loss", "accuracy", "precision", "recall", "f1")}
         self.folder.log(step=state.step, epoch=state.epoch, split="validation", **scores)
         mark = "  (best so far)" if state.best_epoch == state.epoch else ""
         say(

@@ -22,9 +22,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lora.files import atomic_write
 from training.config import RunConfig, read_config, write_config
 from training.errors import ConfigError
+from training.pages import write_text_atomic
 
 # Settings that decide where and how often something is written; they do not change what is computed.
 _HARMLESS = frozenset(
@@ -134,8 +134,7 @@ class RunFolder:
     def write_report(self, report: dict[str, Any]) -> None:
         """Write report.json atomically."""
         if self.writes:
-            with atomic_write(self.report) as part:
-                part.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_text_atomic(self.report, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
     def read_labels(self) -> tuple[str, ...]:
         """The class names. Raises ConfigError if the file is missing or broken."""

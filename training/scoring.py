@@ -70,8 +70,8 @@ class Scores:
         width = max(map(len, [*self.per_class, "macro average"]))
         lines = [f"{'class':<{width}}  precision  recall     f1   texts"]
         rows: list[tuple[str, dict[str, Any]]] = list(self.per_class.items())
-        total = {"precision": self.precision, "recall": self.recall, "f1": self.f1}
-        total["support"] = sum(row["support"] for _, row in rows)
+        support = sum(row["support"] for _, row in rows)
+        total = {"precision": self.precision, "recall": self.recall, "f1": self.f1, "support": support}
         for name, row in [*rows, ("macro average", total)]:
             numbers = f"{row['precision']:>9.3f}  {row['recall']:>6.3f}  {row['f1']:>5.3f}  {row['support']:>6,}"
             lines.append(f"{name:<{width}}  {numbers}")

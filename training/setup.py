@@ -110,15 +110,9 @@ def load_inputs(config: RunConfig, world: World) -> Inputs:
     say(f"            {truncated:,} texts are longer than {config.data.max_length} tokens and are truncated")
     texts = (1 + augmentation.n_aug) * len(text.train.labels)
     batches = -(-texts // settings.batch_size)
-    return Inputs(
-        text,
-        checkpoint,
-        model_config,
-        tokenizer,
-        splits,
-        new_head=config.model.new_head or not has_head(checkpoint.directory),
-        steps_per_epoch=-(-batches // settings.accumulation_steps),
-    )
+    steps_per_epoch = -(-batches // settings.accumulation_steps)
+    new_head = config.model.new_head or not has_head(checkpoint.directory)
+    return Inputs(text, checkpoint, model_config, tokenizer, splits, new_head, steps_per_epoch)
 
 
 def epoch_batches(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch import nn
@@ -46,12 +46,7 @@ def measure_speed(models: Mapping[str, nn.Module], batches: Sequence[Batch], com
             seconds[name].append(time.perf_counter() - started)
     size = len(batches[0].labels)
     return {
-        name: Speed(
-            size,
-            size * len(batches) / sum(times),
-            statistics.median(times),
-            sorted(times)[min(len(times) - 1, int(0.95 * len(times)))],
-        )
+        name: Speed(size, size * len(batches) / sum(times), median(times), sorted(times)[int(0.95 * len(times))])
         for name, times in seconds.items()
     }
 
