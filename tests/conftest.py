@@ -16,7 +16,7 @@ from roberta.model import RobertaForSequenceClassification
 from roberta.tokenizer import TextTokenizer
 from roberta.weights import save_checkpoint
 
-# No verdict may hang on how busy the machine is or on what was drawn this time: a failure seen once can be seen again.
+# Results must not depend on the load of the machine or on random examples, so that every failure can be reproduced.
 # `make test ARGS="--hypothesis-profile=new"` draws new examples.
 hypothesis.settings.register_profile("loraberta", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("new", deadline=None)
@@ -29,7 +29,7 @@ FILLER = ["the", "a", "of", "on", "in", "new", "says", "after", "today", "report
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Real text and the real vocabulary, beside the project where there are; never needed."""
+    """Real text and the real vocabulary in ../shared, where they exist; optional."""
     folder = Path(__file__).resolve().parents[2] / "shared"
     if not (folder / "ag_news_csv").is_dir():
         pytest.skip("no ../shared folder with AG News text and RoBERTa's vocabulary")
@@ -38,20 +38,20 @@ def shared() -> Path:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch, request):
-    """Each test has a cache folder of its own, so that none finds what another left; "real_cache" keeps the user's."""
+    """A separate cache folder for each test; "real_cache" keeps the user's."""
     if "real_cache" not in request.keywords:
         monkeypatch.setenv("LORABERTA_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(autouse=True)
 def same_numbers():
-    """What a test draws does not depend on which tests ran before it in the same worker."""
+    """Random numbers in a test do not depend on which tests ran before it in the same worker."""
     random.seed(0)
     torch.manual_seed(0)
 
 
 def tiny_tokenizer() -> Tokenizer:
-    """Whole words in <s> ... </s>."""
+    """A word-level tokenizer with <s> ... </s>."""
     words = ["<s>", "<pad>", "</s>", "<unk>", *SPORTS, *BUSINESS, *FILLER]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -67,7 +67,7 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
 
 
 def write_tiny_checkpoint(folder: Path) -> Path:
-    """Write what `tiny_checkpoint` is into an empty folder."""
+    """Write the checkpoint of `tiny_checkpoint` into an empty folder."""
     from safetensors.torch import load_file, save_file
 
     torch.manual_seed(0)
@@ -82,9 +82,9 @@ def write_tiny_checkpoint(folder: Path) -> Path:
     )
     model = RobertaForSequenceClassification(config)
     for layer in model.modules():
-        if isinstance(layer, torch.nn.Linear):  # strong enough that <s> hears of the other words
+        if isinstance(layer, torch.nn.Linear):  # strong enough that <s> attends to the other words
             torch.nn.init.normal_(layer.weight, std=0.3)
-    # "Pretrained": the words of a class resemble each other, so that a few steps suffice.
+    # "Pretrained": the words of a class have similar embeddings, so that a few steps suffice.
     direction, words = 2 * torch.randn(config.hidden_size), model.roberta.embeddings.word_embeddings.weight.data
     words[4 : 4 + len(SPORTS)] += direction
     words[4 + len(SPORTS) : 4 + len(SPORTS) + len(BUSINESS)] -= direction
@@ -96,7 +96,7 @@ def write_tiny_checkpoint(folder: Path) -> Path:
 
 
 def tiny_rows(count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """(label, text): three to nine words, one of which tells the class."""
+    """(label, text): three to nine words, one of which determines the class."""
     draw = random.Random(seed)
     rows = []
     for i in range(count):
@@ -114,7 +114,7 @@ def tiny_data(tmp_path) -> Path:
 
 
 def write_tiny_data(folder: Path) -> Path:
-    """Write what `tiny_data` is into a folder."""
+    """Write the files of `tiny_data` into a folder."""
     for name, count, seed in (("train", 96, 0), ("test", 40, 1)):
         lines = ["label,text", *(f"{label},{text}" for label, text in tiny_rows(count, seed))]
         (folder / f"{name}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -123,12 +123,12 @@ def write_tiny_data(folder: Path) -> Path:
 
 @pytest.fixture
 def tiny_config(tiny_checkpoint, tiny_data) -> Path:
-    """Settings of a run on the two: learnt in three epochs."""
+    """Settings of a run on the tiny checkpoint and data, which are learnt in three epochs."""
     return write_tiny_config(tiny_checkpoint, tiny_data)
 
 
 def write_tiny_config(tiny_checkpoint: Path, tiny_data: Path) -> Path:
-    """Write what `tiny_config` is into the folder of the data."""
+    """Write the settings of `tiny_config` into the folder of the data."""
     path = tiny_data / "tiny.toml"
     path.write_text(
         f"""
@@ -157,7 +157,7 @@ seed = 1
 
 @pytest.fixture(scope="session")
 def trained_once(tmp_path_factory, tiny_checkpoint) -> tuple[Path, str]:
-    """A finished run on the two, trained once per process, and what it printed."""
+    """The folder and the stdout of a finished run of `tiny_config`, trained once per test process."""
     from train import train
     from training.config import read_config
 
@@ -169,5 +169,5 @@ def trained_once(tmp_path_factory, tiny_checkpoint) -> tuple[Path, str]:
 
 @pytest.fixture
 def finished_run(trained_once, tmp_path) -> Path:
-    """A copy of that run's folder, which a test may change."""
+    """A copy of that run's folder, for a test to change."""
     return Path(shutil.copytree(trained_once[0], tmp_path / "run"))

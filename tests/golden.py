@@ -1,6 +1,6 @@
 """The golden run: 50 training steps in float64 whose every number is stored in tests/golden.json.
 
-    python -m tests.golden        # writes the file anew: only after a change that was meant to change results
+    python -m tests.golden        # rewrites the file: only after a change that is meant to change results
 
 Weights, texts and labels are sines and cosines rounded to multiples of 2^-20, so no random generator, no compiler's
 sine and no release of torch decides them. The second run has dropout: its masks come from cpu/dropout.py, numpy's

@@ -1,4 +1,4 @@
-"""Errors that are the user's become one line and an exit code; all others keep their traceback."""
+"""User errors become one line and an exit code; all other errors keep their traceback."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ def failing(error):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (lambda: torch.empty(1 << 60, dtype=torch.uint8), "out of memory"),  # the error of this machine's torch itself
+        (lambda: torch.empty(1 << 60, dtype=torch.uint8), "out of memory"),  # torch's real error on this machine
         (failing(MemoryError()), "out of memory"),
         (failing(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))), "out of memory"),
         (failing(RuntimeError("MPS backend out of memory (MPS allocated: 9.06 GB)")), "out of memory"),
@@ -28,7 +28,7 @@ def failing(error):
         (failing(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")), "out of memory"),
     ],
 )
-def test_memory_that_is_used_up_is_one_line_that_says_what_to_lower(command, words, capsys):
+def test_out_of_memory_is_one_line_that_names_what_to_lower(command, words, capsys):
     assert run_command(command) == EXIT_BAD_INPUT
     err = capsys.readouterr().err
     assert err.startswith(f"error: {words}; ") and err.count("\n") == 1
@@ -41,6 +41,6 @@ def test_a_lost_process_is_not_an_out_of_memory_error(capsys):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("a bug")])
-def test_what_is_a_bug_keeps_its_traceback(error):
+def test_a_bug_keeps_its_traceback(error):
     with pytest.raises(type(error), match=str(error)):
         run_command(failing(error))

@@ -1,6 +1,6 @@
-"""A step on another device than the CPU: every tensor that is created on the way is created there.
+"""A step on a device other than the CPU creates every tensor on that device.
 
-The meta device has no memory and needs no hardware, and mixing it with tensors of the CPU is an error.
+The meta device has no memory and needs no hardware, and mixing it with CPU tensors is an error.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ SIZES = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_atten
 
 
 class OnMeta(Compute):
-    """As for a GPU in fp32; torch knows no autocast there."""
+    """As for a GPU in fp32; torch has no autocast for the meta device."""
 
     def autocast(self):
         return contextlib.nullcontext()

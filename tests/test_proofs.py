@@ -1,4 +1,4 @@
-"""The table of `make proofs`: what fails is said to fail."""
+"""The table of `make proofs` reports failures."""
 
 import math
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from tests.parity.proofs import table
 
 
 def reports(name, *compared, outcome="passed"):
-    """The two reports of one test that matter here."""
+    """The call report and the teardown report of one test."""
     node = f"tests/parity/test_a.py::{name}"
     properties = [("compared", list(values)) for values in compared]
     failed, skipped = outcome == "failed", outcome == "skipped"

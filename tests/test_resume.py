@@ -1,8 +1,8 @@
-"""Exact resume: a run killed anywhere and resumed ends with the bits of a run never interrupted.
+"""Exact resume: a run killed anywhere and resumed ends with the same bits as an uninterrupted run.
 
-The runs here have everything on that could make a difference: dropout, EDA, accumulation, a short last batch, early
-stopping. A killed run is a real process, a fork of this one, that gets SIGKILL before its k-th event: an optimizer
-step, a batch of an evaluation, a logged line, a flush or a rename of a file.
+The runs use every feature that could make a difference: dropout, EDA, accumulation, a short last batch, early stopping.
+A killed run is a forked process that receives SIGKILL before its k-th event: an optimizer step, a batch of an
+evaluation, a logged line, a flush or a rename of a file.
 """
 
 import os
@@ -31,7 +31,7 @@ OPTIONS = """
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """A fork has only the thread that made it: torch must not wait for others."""
+    """A fork has only one thread: torch must not wait for others."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -40,7 +40,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def warm():
-    """What is imported late is imported now, once, and not in every fork."""
+    """Late imports happen now, once, instead of in every fork."""
     import datasets
     import matplotlib
     import sklearn.metrics
@@ -66,18 +66,18 @@ def command(tiny_config, tiny_checkpoint, tmp_path, warm):
 
 @pytest.fixture
 def whole(command, tmp_path):
-    """The outcome of a run never interrupted, and its events."""
+    """The outcome of an uninterrupted run, and its events."""
     status, events = in_a_fork(command("whole"))
     assert status == 0
     return outcome(tmp_path / "whole"), events
 
 
-def test_a_run_killed_anywhere_and_resumed_is_the_run_never_interrupted(command, whole, tmp_path):
+def test_a_run_killed_anywhere_and_resumed_equals_an_uninterrupted_run(command, whole, tmp_path):
     expected, events = whole
     assert {"train_step", "collate", "log", "fsync", "rename", "replace"} <= set(events)
     draw = random.Random(0)
     moments = draw.sample(range(len(events)), 22)
-    # For certain: within the writing of a checkpoint, before its rename, within an evaluation, at the very end.
+    # Always: while a checkpoint is written, before its rename, during an evaluation, at the very end.
     renames = [i for i, name in enumerate(events) if name == "rename"]
     evaluations = [i for i in range(2, len(events)) if events[i - 2 : i + 1] == ["collate"] * 3]
     moments += [
@@ -99,7 +99,7 @@ def test_a_run_killed_anywhere_and_resumed_is_the_run_never_interrupted(command,
         assert not (tmp_path / "cut" / "checkpoint").exists()
 
 
-def test_a_run_killed_several_times_is_the_same_run(command, whole, tmp_path):
+def test_a_run_killed_several_times_equals_an_uninterrupted_run(command, whole, tmp_path):
     expected, events = whole
     kills = 0
     for moment in (len(events) // 4, len(events) // 3, 5, len(events) // 4, len(events) // 2):
@@ -131,10 +131,10 @@ def test_a_signal_writes_a_checkpoint_first(command, whole, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("torchrun", [False, True])
-def test_a_second_signal_stops_at_once_unless_it_may_be_the_first_passed_on(command, tmp_path, monkeypatch, torchrun):
+def test_a_second_signal_stops_immediately_unless_forwarded_by_torchrun(command, tmp_path, monkeypatch, torchrun):
     real, steps = train_module.train_step, []
     monkeypatch.setattr(signal, "getsignal", lambda _number: signal.default_int_handler)
-    if torchrun:  # of one process: whoever ends the job signals it, and torchrun passes the signal on
+    if torchrun:  # one process: the scheduler signals it, and torchrun forwards the signal
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
 
     def interrupting(*arguments):
@@ -171,7 +171,7 @@ def resume(capsys, arguments):
 
 @pytest.mark.parametrize("file", ["tensors.safetensors", "state.json", "sha256.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
-def test_a_damaged_checkpoint_is_found_out_and_the_one_before_it_used(cut, command, whole, capsys, file, damage):
+def test_a_damaged_checkpoint_is_detected_and_the_one_before_it_used(cut, command, whole, capsys, file, damage):
     newest = max((cut / "checkpoint").glob("step-*"))
     path = newest / file
     content = bytearray(path.read_bytes())
@@ -186,14 +186,14 @@ def test_a_damaged_checkpoint_is_found_out_and_the_one_before_it_used(cut, comma
     assert outcome(cut) == whole[0]
 
 
-def test_checkpoints_all_damaged_are_one_line(cut, command, capsys):
+def test_only_damaged_checkpoints_are_a_one_line_error(cut, command, capsys):
     for path in (cut / "checkpoint").glob("step-*/state.json"):
         path.write_text("{}")
     code, _, err = resume(capsys, command("cut", "--resume"))
     assert code == EXIT_BAD_INPUT and "every checkpoint is damaged" in err and err.count("\n") == 1
 
 
-def test_what_changed_since_is_named(cut, command, tiny_data, tiny_checkpoint, tmp_path, capsys):
+def test_changed_inputs_and_settings_are_named(cut, command, tiny_data, tiny_checkpoint, tmp_path, capsys):
     path = tiny_data / "test.csv"
     kept = path.read_text()
     path.write_text(kept.replace("goal", "coach"))
@@ -218,7 +218,7 @@ def test_what_changed_since_is_named(cut, command, tiny_data, tiny_checkpoint, t
     assert code == EXIT_BAD_INPUT and "exclude each other" in err
 
 
-def test_harmless_settings_may_change_and_the_folder_may_move(cut, command, whole, tmp_path, capsys):
+def test_settings_of_output_may_change_and_the_folder_may_move(cut, command, whole, tmp_path, capsys):
     moved = cut.rename(tmp_path / "moved")
     assert resume(capsys, command("moved", "--resume", "--train.checkpoint-steps", 2))[0] == 0
     (report, *rest), (expected, *expected_rest) = outcome(moved), whole[0]
@@ -237,7 +237,7 @@ def test_only_the_newest_checkpoints_are_kept(command, whole, tmp_path):
     _, events = whole
     in_a_fork(command("cut", "--train.checkpoint-keep", 3), kill_at=len(events) * 2 // 3)
     names = sorted(path.name for path in (tmp_path / "cut" / "checkpoint").glob("step-*"))
-    # Of equal width, so that they sort by step; a step saved again, as at the end of an epoch, has a number behind it.
+    # Of equal width, so that they sort by step; a step saved again, as at the end of an epoch, has a suffix.
     assert len(names) == 3 and len({len(name.partition(".")[0]) for name in names}) == 1
 
 
@@ -245,8 +245,8 @@ class Killed(BaseException):
     pass
 
 
-def test_a_step_saved_again_never_leaves_none(tmp_path, monkeypatch):
-    """As after a resume that was stopped at once: one checkpoint is kept, and it is replaced."""
+def test_saving_a_step_again_always_leaves_a_checkpoint(tmp_path, monkeypatch):
+    """As after a resume that was stopped immediately: the only checkpoint is replaced."""
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _step: 1.0)
@@ -259,7 +259,7 @@ def test_a_step_saved_again_never_leaves_none(tmp_path, monkeypatch):
     def killing(real, calls, at):
         def call(*arguments, **options):
             calls.append(real)
-            if len(calls) >= at:  # whatever would have come after it does not come either
+            if len(calls) >= at:  # and no later call happens either
                 raise Killed
             return real(*arguments, **options)
 
@@ -290,11 +290,11 @@ def test_a_step_saved_again_never_leaves_none(tmp_path, monkeypatch):
     assert len([path for path in tmp_path.iterdir() if path.name.startswith("step-")]) == 1
 
 
-def test_checkpoints_come_by_the_clock_too(command, tmp_path, monkeypatch):
+def test_checkpoints_are_also_saved_by_time(command, tmp_path, monkeypatch):
     clock = [0.0]
 
     def later():
-        clock[0] += 1.0  # every look at the clock is a second later
+        clock[0] += 1.0  # every reading is a second later
         return clock[0]
 
     monkeypatch.setattr(time, "perf_counter", later)

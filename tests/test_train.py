@@ -1,4 +1,4 @@
-"""train.py from the command line: what a run prints and leaves behind, and how it refuses what it can't use."""
+"""train.py from the command line: console output, files of a run, and errors for unusable settings."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def run(capsys):
     return command
 
 
-def test_a_run_learns_and_leaves_everything_behind(run, tiny_config, tiny_data):
+def test_a_run_learns_and_writes_all_files(run, tiny_config, tiny_data):
     code, out, _ = run(tiny_config)
     assert code == 0
     folder = tiny_data / "run"
@@ -74,7 +74,7 @@ def test_a_run_learns_and_leaves_everything_behind(run, tiny_config, tiny_data):
     assert [line["epoch"] for line in lines if line.get("split") == "validation"] == [1, 2, 3, 4]
 
 
-def test_the_same_seed_gives_the_same_run_and_another_one_another(run, tiny_config, tiny_data):
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(run, tiny_config, tiny_data):
     adapters = []
     for seed in (3, 3, 4):
         run(tiny_config, "--train.seed", seed, "--output", tiny_data / f"run{len(adapters)}", "--train.epochs", 1)
@@ -163,7 +163,7 @@ def test_ctrl_c_ends_after_the_step_with_a_usable_folder(run, tiny_config, tiny_
     assert signal.getsignal(signal.SIGINT) is handler, "the run kept Ctrl-C to itself"
 
 
-def test_weight_decay_spares_vectors_unless_told():
+def test_weight_decay_excludes_vectors_unless_asked_for():
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
     model[0].weight.requires_grad_(False)
     groups = make_optimizer(model, 1e-3, 0.1, decay_bias_and_norm=False).param_groups
@@ -173,7 +173,7 @@ def test_weight_decay_spares_vectors_unless_told():
 
 
 def refused(run, *arguments):
-    """The one line with which a command is refused."""
+    """The one-line error of a refused command."""
     code, _, err = run(*arguments)
     assert code == EXIT_BAD_INPUT
     assert err.startswith("error: ") and err.count("\n") == 1, err
@@ -188,14 +188,14 @@ def test_an_existing_run_folder_is_kept(run, tiny_config, tiny_data):
     assert run(tiny_config, "--train.epochs", 1, "--overwrite")[0] == 0
 
 
-def test_a_folder_that_is_no_run_is_never_removed(run, tiny_config, tiny_data):
+def test_a_folder_that_is_not_a_run_is_never_removed(run, tiny_config, tiny_data):
     (tiny_data / "precious").mkdir()
     (tiny_data / "precious" / "thesis.txt").write_text("years of work")
     assert "not a run folder" in refused(run, tiny_config, "--output", tiny_data / "precious", "--overwrite")
     assert (tiny_data / "precious" / "thesis.txt").read_text() == "years of work"
 
 
-def test_settings_that_can_not_be_used(run, tiny_config, tiny_data):
+def test_unusable_settings_are_refused(run, tiny_config, tiny_data):
     for arguments, says in [
         (["--lora.rank", 0], "rank is 0"),
         (["--lora.target-modules", "qeury"], "'qeury' matches no linear layer"),
@@ -232,7 +232,7 @@ def test_the_last_good_adapter_survives_a_loss_that_is_not_finite(run, tiny_conf
     assert all(torch.isfinite(tensor).all() for tensor in kept.values())
 
 
-def test_a_full_disk_is_one_line(run, tiny_config, monkeypatch):
+def test_a_full_disk_is_a_one_line_error(run, tiny_config, monkeypatch):
     def full(*_arguments, **_options):
         raise OSError(28, "No space left on device", "adapter_model.safetensors")
 
@@ -240,7 +240,7 @@ def test_a_full_disk_is_one_line(run, tiny_config, monkeypatch):
     assert "adapter_model.safetensors: can't be written, the disk is full" in refused(run, tiny_config)
 
 
-def test_a_real_full_disk_is_one_line_and_leaves_no_half_file(run, tiny_config, tiny_data, monkeypatch):
+def test_a_real_write_error_is_one_line_and_leaves_no_partial_file(run, tiny_config, tiny_data, monkeypatch):
     """No file of the run may grow beyond 5 kB, as on a full disk: the adapter does not fit, the settings do."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -258,7 +258,7 @@ def test_a_real_full_disk_is_one_line_and_leaves_no_half_file(run, tiny_config, 
     assert list((tiny_data / "run" / "adapter").iterdir()) == []
 
 
-def test_a_run_folder_that_can_not_be_made_is_one_line(run, tiny_config, tiny_data):
+def test_a_run_folder_that_can_not_be_created_is_a_one_line_error(run, tiny_config, tiny_data):
     (tiny_data / "file").write_text("")
     assert "can't be written" in refused(run, tiny_config, "--output", tiny_data / "file" / "run")
 
@@ -272,7 +272,7 @@ def test_a_tokenizer_of_another_checkpoint_is_named_before_training(run, tiny_co
     assert "ids up to 25, the model rows for 24" in refused(run, tiny_config, "--model.checkpoint", tmp_path)
 
 
-def test_new_head_partly_trained_is_found_again(run, tiny_config, tiny_data):
+def test_a_partly_trained_new_head_is_saved_completely(run, tiny_config, tiny_data):
     code, _, _ = run(tiny_config, "--lora.modules-to-save", "classifier.out_proj", "--train.epochs", 2)
     assert code == 0
     saved = load_file(tiny_data / "run" / "adapter" / "adapter_model.safetensors")
@@ -306,7 +306,7 @@ def test_the_program_imports_neither_transformers_nor_peft():
     assert done.stdout.strip() == "[]"
 
 
-def test_as_a_process_a_bad_setting_ends_with_2_and_no_traceback(tiny_config):
+def test_a_process_with_a_bad_setting_exits_with_2_and_no_traceback(tiny_config):
     done = subprocess.run(
         [sys.executable, "train.py", str(tiny_config), "--lora.rnak", "8"], cwd=ROOT, capture_output=True, text=True
     )
@@ -314,7 +314,7 @@ def test_as_a_process_a_bad_setting_ends_with_2_and_no_traceback(tiny_config):
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "--lora.rnak" in done.stderr
 
 
-def test_pipe_output_is_quiet_lines(tiny_config):
+def test_output_into_a_pipe_is_a_few_lines(tiny_config):
     done = subprocess.run(
         [sys.executable, "train.py", str(tiny_config), "--train.epochs", "2"], cwd=ROOT, capture_output=True, text=True
     )
@@ -382,7 +382,7 @@ def test_tensorboard_gets_what_is_logged(run, tiny_config, tiny_data):
     assert len(board.Scalars("validation/accuracy")) == 1
 
 
-def test_a_resumed_run_goes_on_writing_for_tensorboard(run, tiny_config, tiny_data, monkeypatch):
+def test_a_resumed_run_continues_writing_for_tensorboard(run, tiny_config, tiny_data, monkeypatch):
     """With a stand-in for TensorBoard's writer, so that it needs no extra."""
     opened, written = [], []
 

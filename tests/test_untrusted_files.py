@@ -1,4 +1,4 @@
-"""Untrusted files: none hangs, exhausts memory, or causes anything but a one-line error.
+"""Untrusted files: none causes a hang, exhausts memory, or raises anything but a one-line error.
 
 That none can run code is checked by `make lint` (ruff's rules S and TID251).
 """
@@ -219,7 +219,7 @@ def edit(path, **fields):
         {"alpha_pattern": {r"(\w|[a-z.])*x": 2}},
     ],
 )
-def test_expressions_whose_matching_would_not_end(folder, fields):
+def test_expressions_whose_matching_would_not_finish(folder, fields):
     edit(folder / "adapter" / "adapter_config.json", **fields)
     read = lambda: load_adapter(load_checkpoint(folder / "base"), folder / "adapter")  # noqa: E731
     refused(LoRAError, "may not finish matching; name the layers", read)
@@ -250,7 +250,7 @@ def test_which_expressions_could_hang(expression, hangs):
     assert could_hang(expression) == hangs
 
 
-def test_a_list_that_holds_no_names(folder):
+def test_a_list_of_other_things_than_names(folder):
     edit(folder / "adapter" / "adapter_config.json", modules_to_save=[["classifier"]])
     read = lambda: load_adapter(load_checkpoint(folder / "base"), folder / "adapter")  # noqa: E731
     refused(LoRAError, "must be a list of names", read)
@@ -326,7 +326,7 @@ def test_a_tokenizer_that_does_not_fit_is_named_before_training(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tokenizer_whose_expression_does_not_end(folder):
+def test_a_tokenizer_whose_expression_does_not_finish(folder):
     path = folder / "base" / "tokenizer.json"
     split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
     edit(path, pre_tokenizer=split)
@@ -349,7 +349,7 @@ def readers(path):
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
 @pytest.mark.parametrize("start", ["whole", "after a row"])
-def test_a_line_of_a_gigabyte_is_refused_by_its_beginning(tmp_path, kind, start):
+def test_a_line_of_a_gigabyte_is_refused_by_its_first_bytes(tmp_path, kind, start):
     """The file is sparse and reads as zeros."""
     path = tmp_path / f"data.{kind}"
     mark = {"csv": ",", "tsv": "\t"}.get(kind)
@@ -411,7 +411,7 @@ def test_a_parquet_file_whose_column_has_no_name(tmp_path):
             refused(DataError, says, read)
 
 
-def test_of_very_many_columns_only_some_are_listed(tmp_path):
+def test_of_many_columns_only_the_first_are_listed(tmp_path):
     path = tmp_path / "data.csv"
     path.write_text(",".join(f"column {i}" for i in range(10_000)) + "\n")
     refused(DataError, r"no column 'text'; there are column 0, .*, column 11, \.\.\.; name the ones", readers(path)[0])
@@ -441,7 +441,7 @@ def test_json_lines_nested_deeply(tmp_path):
     ],
 )
 def test_a_checkpoint_of_another_run_is_one_line(tmp_path, change):
-    """Its hashes are right: it is not damaged but made by someone else."""
+    """Its hashes are correct: it is not damaged but from another run."""
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _step: 1.0)

@@ -1,14 +1,14 @@
-"""Break runs in every way a machine has, and see what is lost: `make faults`.
+"""Inject faults into runs, resume the runs, and count what is lost: `make faults`.
 
-    python -m tests.faults.campaign [WORD ...]      # all faults, or those whose name holds one of the words
+    python -m tests.faults.campaign [WORD ...]      # all faults, or those whose name contains one of the words
 
-In each trial one thing goes wrong in a tiny run (with dropout, EDA, accumulation and a checkpoint every five steps);
-then it is mended, and the same command goes on with --resume. The run has survived if it first ended by a signal or
-with one clear line, and then with the bits of a run never disturbed (weights, metrics, report) and no left-overs in its
-folder. The work lost are the optimizer steps that had to be made twice.
+In each trial one fault occurs in a tiny run (with dropout, EDA, accumulation and a checkpoint every five steps); then
+the fault is fixed, and the same command runs again with --resume. The run has survived if it first ended by a signal or
+with a one-line error, and then with the same bits as an undisturbed run (weights, metrics, report), without leftover
+files in its folder. The work lost is the number of optimizer steps that were repeated.
 
-A disk that is full or read-only is a real one where a user may mount a file system of his own (Linux with user
-namespaces): the run writes to a small tmpfs. Elsewhere the same moments are struck by simulated errors.
+A full or read-only disk is real where a user may mount a file system (Linux with user namespaces): the run writes to a
+small tmpfs. Elsewhere errors are simulated at the same events.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ OPTIONS = f"""
 --data.augmentation.n-aug 1 --train.accumulation-steps 2 --train.batch-size 7 --train.epochs 2 --train.log-every 4
 --train.checkpoint-steps {EVERY} --train.eval-batch-size 20 --lora.dropout 0.2 --train.device cpu --resume
 """.split()
-OWN_MOUNTS = "LORABERTA_OWN_MOUNTS"  # set where this process may mount what no other process sees
+OWN_MOUNTS = "LORABERTA_OWN_MOUNTS"  # set in a process with a mount namespace of its own
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of one run with one fault."""
+    """The result of one run with one fault."""
 
     problem: str
     """Why it has not survived; empty if it has."""
     lost: int
-    """Optimizer steps that were made twice."""
+    """Optimizer steps that were repeated."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,17 @@ class Fault:
 
     name: str
     how: str
-    """What stood in for it, or why it can't be tried here."""
+    """How it is caused, or why it can't be tried here."""
     trials: list[Callable[[], Trial]]
     allowed: int = EVERY
-    """Most steps that may be lost: those since the last whole checkpoint."""
+    """Maximum number of lost steps: those since the last intact checkpoint."""
 
 
 class Campaign:
-    """The tiny model and data, where the runs write, and what a run never disturbed does and comes to."""
+    """The tiny model and data, the disk of the runs, and the events and outcome of an undisturbed run."""
 
     def __init__(self, folder: Path, mounted: bool) -> None:
-        import datasets  # noqa: F401  what is imported late is imported now, once, and not in every fork
+        import datasets  # noqa: F401  imported now, once, instead of in every fork
         import sklearn.metrics  # noqa: F401
 
         self.disk, self.mounted = folder / "disk", mounted
@@ -81,8 +81,8 @@ class Campaign:
             self._mount("-t", "tmpfs", "-o", "size=4m", "none")
         write_tiny_data(folder)
         self._config = write_tiny_config(write_tiny_checkpoint(folder / "tiny"), folder)
-        self.whole = self.run(prepare=self.watch_disk)
-        assert self.whole.code == 0, self.whole.err
+        self.undisturbed = self.run(prepare=self.watch_disk)
+        assert self.undisturbed.code == 0, self.undisturbed.err
         self.expected = outcome(self.output)
 
     def close(self) -> None:
@@ -100,23 +100,23 @@ class Campaign:
         return run_forked([self._config, *OPTIONS, "--output", self.output], at, strike, prepared)
 
     def watch_disk(self, moments: Moments) -> None:
-        """Make an event of all that writes to the disk of the runs."""
+        """Record everything that writes to the disk of the runs as an event."""
 
         def audit(event: str, values: tuple) -> None:
             to_write = event == "open" and (values[2] or 0) & (os.O_WRONLY | os.O_RDWR)
             changes = to_write or event in ("os.mkdir", "os.rename", "os.truncate")
             if changes and str(values[0]).startswith(str(self.disk)):
                 name = Path(values[0]).name
-                beginning = re.match(r"tmp|step-|\.part-", name)  # what follows these differs from run to run
-                moments(f"{event} {beginning[0] if beginning else name}")
+                prefix = re.match(r"tmp|step-|\.part-", name)  # the rest differs from run to run
+                moments(f"{event} {prefix[0] if prefix else name}")
 
         sys.addaudithook(audit)
         moments.watch(checkpoint, "save_file")  # not written by Python
 
     def moments(self, each: int, wanted: Callable[[str], bool] = lambda _: True) -> list[int]:
-        """Of every kind of event `each` moments: the first, the last, and some between."""
+        """`each` moments of every kind of event: the first, the last, and some between."""
         kinds: dict[str, list[int]] = {}
-        for number, name in enumerate(self.whole.events):
+        for number, name in enumerate(self.undisturbed.events):
             if wanted(name):
                 kinds.setdefault(name, []).append(number)
         chosen = (
@@ -132,40 +132,40 @@ class Campaign:
         between: Callable[[], None] = lambda: None,
         says: str = "",
     ) -> Trial:
-        """A run struck at a moment, mended, and gone on with. `says` is in the line with which it gives up."""
+        """A run with a fault at event `at`, then fixed and resumed. Its error message contains `says`."""
 
         def prepared(moments: Moments) -> None:
             self.watch_disk(moments)
             prepare(moments)
 
-        self.mend()
+        self.repair()
         shutil.rmtree(self.output, ignore_errors=True)
         shutil.rmtree(self.disk / "cache", ignore_errors=True)
         first = self.run(at, strike, prepared)
-        self.mend()
+        self.repair()
         between()
         second = self.run()
         problems = self.judge(second)
         if len(first.events) <= at:
-            problems.append("the fault never came")
+            problems.append("the fault never occurred")
         if not (first.code in (0, -signal.SIGKILL) or (first.one_line and says in first.err)):
             problems.append(f"ended with code {first.code} and {first.err[-300:]!r}")
-        struck = self.whole.events[at] if at < len(self.whole.events) else f"event {at}"
-        made = first.steps + second.steps if second.code == 0 else first.steps + self.whole.steps
-        return Trial(f"{struck}: {'; '.join(problems)}" if problems else "", made - self.whole.steps)
+        struck = self.undisturbed.events[at] if at < len(self.undisturbed.events) else f"event {at}"
+        made = first.steps + second.steps if second.code == 0 else first.steps + self.undisturbed.steps
+        return Trial(f"{struck}: {'; '.join(problems)}" if problems else "", made - self.undisturbed.steps)
 
     def judge(self, ended: Ended) -> list[str]:
-        """What is wrong with the run that went on."""
+        """The problems of the resumed run."""
         if ended.code != 0:
-            return [f"can't go on: code {ended.code}, {ended.err[-300:]!r}"]
+            return [f"can't resume: code {ended.code}, {ended.err[-300:]!r}"]
         left = [*self.disk.glob(".run.*"), *self.output.glob("checkpoint"), *self.output.rglob("*.part*")]
-        problems = [f"left over: {', '.join(sorted({path.name for path in left}))}"] if left else []
-        return problems + ([] if outcome(self.output) == self.expected else ["not the bits of a run never disturbed"])
+        problems = [f"leftover files: {', '.join(sorted({path.name for path in left}))}"] if left else []
+        return problems + ([] if outcome(self.output) == self.expected else ["not the bits of an undisturbed run"])
 
-    # --- what goes wrong ------------------------------------------------------------------------------------------
+    # --- the faults -----------------------------------------------------------------------------------------------
 
     def fill(self, event: str) -> None:
-        """Leave no room on the disk; without one of our own, refuse to write."""
+        """Fill the disk; without a mount, raise the error of a full disk."""
         if self.mounted:
             with contextlib.suppress(OSError), self._filler.open("ab", buffering=0) as file:
                 while file.write(bytes(4096)):
@@ -174,16 +174,16 @@ class Campaign:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), event)
 
     def forbid(self, _event: str = "") -> None:
-        """Make the disk read-only, as Linux does with one that has errors; without one of our own, its folders."""
+        """Make the disk read-only, as Linux does after disk errors; without a mount, its folders."""
         if self.mounted:
-            # Refused while a file is open for writing; then the next event is the moment.
+            # Fails while a file is open for writing; the next event tries again.
             subprocess.run(["mount", "-o", "remount,ro", self.disk], capture_output=True)
         else:
             for folder in (path for path in [self.disk, *self.disk.rglob("*")] if path.is_dir()):
                 folder.chmod(0o555)
 
-    def mend(self) -> None:
-        """Undo both."""
+    def repair(self) -> None:
+        """Undo `fill` and `forbid`."""
         if self.mounted:
             self._mount("-o", "remount,rw")
         else:
@@ -206,13 +206,13 @@ class Campaign:
         return between
 
     def of_next_year(self) -> None:
-        """As if the clock had been a year ahead when all this was written, and the newest file the oldest."""
+        """Set file times a year ahead, in reverse order."""
         files = sorted(self.output.rglob("*"), key=lambda path: path.stat().st_mtime_ns)
         for number, path in enumerate(files):
             os.utime(path, (time.time(), time.time() + 31e6 - number))
 
     def lose_process(self, rank: int, step: int) -> Trial:
-        """One of two processes is killed before a step; both are started again."""
+        """Kill one of two processes before a step, then resume both."""
 
         def die_there(now: int) -> None:
             if (now, int(os.environ["RANK"])) == (step, rank):
@@ -228,38 +228,38 @@ class Campaign:
         if not (self.disk / "both").exists():
             codes, _ = both("both")
             assert codes == [0, 0]
-        self.mend()
+        self.repair()
         shutil.rmtree(self.output, ignore_errors=True)
         codes, results = both("run", die_there)
         problems = [] if codes[rank] == -signal.SIGKILL and codes[1 - rank] == EXIT_LOST else [f"ended with {codes}"]
         error = results[1 - rank][2]
         if not (error.startswith("error: ") and error.count("\n") == 1):
-            problems.append(f"no clear line, but {error[-300:]!r}")
+            problems.append(f"no one-line error, but {error[-300:]!r}")
         codes, results = both("run")
         if codes != [0, 0]:
-            return Trial(f"can't go on: {codes}, {results[0][2][-300:]!r}", step - 1)
+            return Trial(f"can't resume: {codes}, {results[0][2][-300:]!r}", step - 1)
         if outcome(self.output) != outcome(self.disk / "both"):
-            problems.append("not the bits of a run never disturbed")
-        return Trial("; ".join(problems), step - 1 + len(results[0][0]["rows"]) - self.whole.steps)
+            problems.append("not the bits of an undisturbed run")
+        return Trial("; ".join(problems), step - 1 + len(results[0][0]["rows"]) - self.undisturbed.steps)
 
     # --- the table ------------------------------------------------------------------------------------------------
 
     def faults(self) -> Iterator[Fault]:
-        """The rows."""
+        """The rows of the table."""
         anything = self.moments(3)
-        late = max(i for i, name in enumerate(self.whole.events) if name == "log") - 8  # in the second epoch
+        late = max(i for i, name in enumerate(self.undisturbed.events) if name == "log") - 8  # in the second epoch
 
         yield Fault("killed (SIGKILL) in each phase", "real", [lambda at=at: self.trial(at) for at in anything])
 
-        writes = [i for i, name in enumerate(self.whole.events) if is_write(name)]
+        writes = [i for i, name in enumerate(self.undisturbed.events) if is_write(name)]
         full = [lambda at=at: self.trial(at, self.fill, says="the disk is full") for at in writes]
         yield Fault("disk full at each write", "a tmpfs" if self.mounted else "simulated", full)
 
         how, moments = "tmpfs, remounted" if self.mounted else "permissions", [0, *self.moments(2, is_write)]
         forbidden = [lambda at=at: self.trial(at, self.forbid, says="can't be written") for at in moments]
         if not self.mounted and os.geteuid() == 0:
-            how, forbidden = "root may write anywhere, and not mount here", []
-        yield Fault("folder read-only, or turned so", how, forbidden)
+            how, forbidden = "root can write anywhere, and can't mount here", []
+        yield Fault("folder is or becomes read-only", how, forbidden)
 
         starve = (no_cpu_memory, no_python_memory, no_gpu_memory)
         starved = [
@@ -285,33 +285,33 @@ class Campaign:
 
 
 def is_write(event: str) -> bool:
-    """Whether an event needs room on the disk."""
+    """Whether an event needs space on the disk."""
     return event.startswith(("open", "os.mkdir", "save_file"))
 
 
 def no_cpu_memory(_event: str) -> None:
-    """Ask for so much that torch itself refuses."""
+    """Allocate more than torch can."""
     torch.empty(1 << 60, dtype=torch.uint8)
 
 
 def no_python_memory(_event: str) -> None:
-    """As Python says it."""
+    """Python's own error."""
     raise MemoryError
 
 
 def no_gpu_memory(_event: str) -> None:
-    """As CUDA says it."""
+    """CUDA's error."""
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
 def clock_backwards(_moments: Moments) -> None:
-    """From now on each look at the clock finds it a day earlier."""
+    """Set the clock back by another day at each reading."""
     days, real = itertools.count(), time.time
     time.time = lambda: real() - 86_400 * next(days)
 
 
 def table(faults: Iterator[Fault], words: list[str]) -> tuple[int, int]:
-    """Try the faults and print what came of them: (runs tried, runs that are lost or lost too much)."""
+    """Run the faults and print the results: (runs tried, runs that were lost or lost too many steps)."""
     print(f"{'fault':<32}{'by':<18}{'tried':>6}{'survived':>10}{'most steps lost':>17}{'allowed':>9}", flush=True)
     tried = lost = 0
     for fault in faults:
@@ -327,12 +327,12 @@ def table(faults: Iterator[Fault], words: list[str]) -> tuple[int, int]:
         print(f"{fault.name:<32}{fault.how:<18}{len(trials):>6}{survived:>10}{worst:>17}{fault.allowed:>9}")
         for one in bad:
             print(f"    LOST, {one.lost} steps: {one.problem}")
-        sys.stdout.flush()  # what is left in the buffer would be printed by each fork too
+        sys.stdout.flush()  # each fork would print the buffer again
     return tried, lost
 
 
 def main(words: list[str]) -> int:
-    """Run the campaign; 1 if anything was lost that need not be, or nothing tried."""
+    """Run the campaign; returns 1 if a run was lost or no fault was tried."""
     mounted = OWN_MOUNTS in os.environ
     with tempfile.TemporaryDirectory(prefix="loraberta-faults-") as folder:
         alone = ["unshare", "--user", "--map-root-user", "--mount"]
@@ -345,7 +345,7 @@ def main(words: list[str]) -> int:
         started = time.perf_counter()
         campaign = Campaign(Path(folder), mounted)
         try:
-            print(f"a run of {campaign.whole.steps} steps, a checkpoint every {EVERY} and after each epoch\n")
+            print(f"a run of {campaign.undisturbed.steps} steps, a checkpoint every {EVERY} and after each epoch\n")
             tried, lost = table(campaign.faults(), words)
         finally:
             campaign.close()

@@ -1,4 +1,4 @@
-"""A few faults of `make faults`, and that it notices a lost run."""
+"""A few faults of `make faults`, and a lost run is detected."""
 
 import shutil
 
@@ -10,7 +10,7 @@ from tests.faults.campaign import EVERY, Campaign, Trial
 
 @pytest.fixture(scope="module")
 def campaign(tmp_path_factory):
-    """With simulated errors of the disk: nothing is mounted here."""
+    """With simulated disk errors, without mounts."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # a fork has only the thread that made it
     yield Campaign(tmp_path_factory.mktemp("campaign"), mounted=False)
@@ -19,36 +19,36 @@ def campaign(tmp_path_factory):
 
 @pytest.fixture
 def late(campaign):
-    """A moment two thirds through the run: an optimizer step with checkpoints behind it."""
-    return [i for i, name in enumerate(campaign.whole.events) if name == "train_step"][18]
+    """An optimizer step two thirds through the run, after several checkpoints."""
+    return [i for i, name in enumerate(campaign.undisturbed.events) if name == "train_step"][18]
 
 
 def survived(trial):
     return trial.problem == "" and trial.lost <= EVERY
 
 
-def test_a_disk_that_is_full_is_survived(campaign):
-    events = campaign.whole.events
+def test_a_run_survives_a_full_disk(campaign):
+    events = campaign.undisturbed.events
     for name in ("open labels.json", "save_file", "open adapter_config.json.part", "open report.json.part"):
         last = len(events) - 1 - events[::-1].index(name)
         trial = campaign.trial(last, campaign.fill, says="the disk is full")
         assert survived(trial), trial
 
 
-def test_a_clock_set_back_is_survived(campaign, late):
+def test_a_run_survives_a_clock_set_back(campaign, late):
     trial = campaign.trial(late, between=campaign.of_next_year)
     assert survived(trial) and trial.lost > 0, trial
 
 
-def test_a_checkpoint_that_vanished_is_too_much_lost(campaign, late):
+def test_a_removed_checkpoint_loses_too_many_steps(campaign, late):
     trial = campaign.trial(late, between=lambda: shutil.rmtree(campaign.output / "checkpoint"))
     assert trial == Trial("", lost=18) and not survived(trial)
 
 
-def test_a_traceback_or_a_fault_that_never_came_is_no_pass(campaign):
+def test_a_traceback_or_a_fault_that_never_occurred_is_not_a_pass(campaign):
     def bug(_event):
         raise ZeroDivisionError
 
-    first_step = campaign.whole.events.index("train_step")
+    first_step = campaign.undisturbed.events.index("train_step")
     assert "ended with code 99" in campaign.trial(first_step, bug).problem
-    assert "the fault never came" in campaign.trial(10**6).problem
+    assert "the fault never occurred" in campaign.trial(10**6).problem

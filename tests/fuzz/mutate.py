@@ -1,4 +1,4 @@
-"""Broken files made of whole ones: what a cut-off download, a bad disk or a stranger would hand to a reader."""
+"""Mutations of valid files, as from a truncated download, a bad disk or an attacker."""
 
 import copy
 import json
@@ -48,7 +48,7 @@ def mutate_bytes(content: bytes, draw: random.Random) -> bytes:
 
 
 def mutate_json(content: bytes, draw: random.Random) -> bytes:
-    """A JSON file that is still JSON: values replaced, fields removed, renamed or nested deeply."""
+    """Valid JSON with values replaced, fields removed, renamed or nested deeply."""
     value = json.loads(content)
     for _ in range(draw.randint(1, 3)):
         parent, key = _any_place(value, draw)
@@ -56,7 +56,7 @@ def mutate_json(content: bytes, draw: random.Random) -> bytes:
             continue
         kind = draw.randrange(5)
         if kind <= 2:
-            # A copy: a list of this table would carry what is put into it to all later files.
+            # A copy: a later mutation of a shared list would change the table.
             parent[key] = copy.deepcopy(draw.choice(_NASTY_VALUES))
         elif kind == 3:
             del parent[key]
@@ -69,7 +69,7 @@ def mutate_json(content: bytes, draw: random.Random) -> bytes:
 
 
 def _any_place(value, draw):
-    """A container and a key in it, drawn from the whole tree."""
+    """A container and a key in it, drawn from the entire tree."""
     parent = key = None
     while isinstance(value, dict | list) and value:
         if parent is not None and draw.random() < 0.3:
@@ -81,7 +81,7 @@ def _any_place(value, draw):
 
 
 def mutate_safetensors(content: bytes, draw: random.Random) -> bytes:
-    """A safetensors file whose header lies: lengths, offsets, types, shapes, names."""
+    """A safetensors file with a wrong header: lengths, offsets, types, shapes, names."""
     (length,) = struct.unpack("<Q", content[:8])
     header = mutate_json(content[8 : 8 + length], draw)
     if draw.random() < 0.3:

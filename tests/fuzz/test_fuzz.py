@@ -1,7 +1,7 @@
-"""Every reader on broken files: it reads them, or refuses them by one of the program's own errors, and nothing else.
+"""Every reader on mutated files: it reads them or raises one of the program's own errors.
 
-LORABERTA_FUZZ sets how many files each reader gets (`make fuzz`: 100,000); the suite gives each a few hundred. The
-files are decided by their number, so a failure can be looked at again.
+LORABERTA_FUZZ sets the number of files per reader (`make fuzz`: 100,000); the test suite uses 150. Each file is
+determined by its number, so a failure can be reproduced.
 """
 
 import json
@@ -38,13 +38,13 @@ SMALL = RobertaConfig(
 )  # fmt: skip
 
 
-def fuzz(whole: Path, read, errors, *mutations):
-    """Give `read` mutations of the file in place; fail on any other error. Says how it went in a long run."""
-    content = whole.read_bytes()
+def fuzz(path: Path, read, errors, *mutations):
+    """Call `read` on mutations of the file in place; fail on any other error. Prints a summary."""
+    content = path.read_bytes()
     refused, slowest = 0, 0.0
     for number in range(NUMBER):
-        draw = random.Random(f"{whole.name} {number}")
-        whole.write_bytes(draw.choice(mutations)(content, draw))
+        draw = random.Random(f"{path.name} {number}")
+        path.write_bytes(draw.choice(mutations)(content, draw))
         started = time.perf_counter()
         try:
             with warnings.catch_warnings():
@@ -52,19 +52,19 @@ def fuzz(whole: Path, read, errors, *mutations):
                 read()
         except errors as error:
             refused += 1
-            assert "\n" not in str(error).strip(), f"file {number}: more than a line: {error}"
+            assert "\n" not in str(error).strip(), f"file {number}: more than one line: {error}"
         except Exception as error:
             raise AssertionError(f"file {number}: {type(error).__name__}: {error}") from error
         slowest = max(slowest, time.perf_counter() - started)
-    whole.write_bytes(content)
-    print(f"{whole.name}: {NUMBER:,} files, {refused:,} refused, slowest {slowest:.3f} s")
-    assert refused, "no file was broken enough to be refused"
-    read()  # the whole one still passes
+    path.write_bytes(content)
+    print(f"{path.name}: {NUMBER:,} files, {refused:,} refused, slowest {slowest:.3f} s")
+    assert refused, "no file was refused"
+    read()  # the original can still be read
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A checkpoint, an adapter for it, tokenizer included."""
+    """A checkpoint with a tokenizer, and an adapter for it."""
     torch.manual_seed(0)
     model = RobertaForSequenceClassification(SMALL)
     save_checkpoint(model, tmp_path / "base", TextTokenizer(tiny_tokenizer(), 10))
@@ -185,16 +185,16 @@ def test_checkpoints_of_a_run(tmp_path, file):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_named(folder, value):
+def test_weights_that_are_not_finite_are_named(folder, value):
     for path, read, error in (
         (folder / "base" / "model.safetensors", lambda: read_base(folder), CheckpointError),
         (folder / "adapter" / "adapter_model.safetensors", lambda: read_adapter(folder, None), LoRAError),
     ):
         weights = load_file(path)
         name = sorted(weights)[0]
-        whole = path.read_bytes()
+        original = path.read_bytes()
         weights[name].view(-1)[0] = value
         save_file(weights, path)
         with pytest.raises(error, match=rf"not finite in .*{name.removeprefix('base_model.model.')}"):
             read()
-        path.write_bytes(whole)
+        path.write_bytes(original)
