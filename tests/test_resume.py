@@ -65,15 +65,15 @@ def command(tiny_config, tiny_checkpoint, tmp_path, warm):
 
 
 @pytest.fixture
-def whole(command, tmp_path):
+def uninterrupted(command, tmp_path):
     """The outcome of an uninterrupted run, and its events."""
-    status, events = in_a_fork(command("whole"))
+    status, events = in_a_fork(command("uninterrupted"))
     assert status == 0
-    return outcome(tmp_path / "whole"), events
+    return outcome(tmp_path / "uninterrupted"), events
 
 
-def test_a_run_killed_anywhere_and_resumed_equals_an_uninterrupted_run(command, whole, tmp_path):
-    expected, events = whole
+def test_a_run_killed_anywhere_and_resumed_equals_an_uninterrupted_run(command, uninterrupted, tmp_path):
+    expected, events = uninterrupted
     assert {"train_step", "collate", "log", "fsync", "rename", "replace"} <= set(events)
     draw = random.Random(0)
     moments = draw.sample(range(len(events)), 22)
@@ -99,8 +99,8 @@ def test_a_run_killed_anywhere_and_resumed_equals_an_uninterrupted_run(command, 
         assert not (tmp_path / "cut" / "checkpoint").exists()
 
 
-def test_a_run_killed_several_times_equals_an_uninterrupted_run(command, whole, tmp_path):
-    expected, events = whole
+def test_a_run_killed_several_times_equals_an_uninterrupted_run(command, uninterrupted, tmp_path):
+    expected, events = uninterrupted
     kills = 0
     for moment in (len(events) // 4, len(events) // 3, 5, len(events) // 4, len(events) // 2):
         status, _ = in_a_fork(command("cut", "--resume"), kill_at=moment)
@@ -111,7 +111,7 @@ def test_a_run_killed_several_times_equals_an_uninterrupted_run(command, whole, 
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_writes_a_checkpoint_first(command, whole, tmp_path, monkeypatch, capsys, number, code):
+def test_a_signal_writes_a_checkpoint_first(command, uninterrupted, tmp_path, monkeypatch, capsys, number, code):
     real, steps = train_module.train_step, []
     monkeypatch.setattr(signal, "getsignal", lambda _number: signal.default_int_handler)
 
@@ -127,7 +127,7 @@ def test_a_signal_writes_a_checkpoint_first(command, whole, tmp_path, monkeypatc
     assert [path.name for path in (tmp_path / "cut" / "checkpoint").iterdir()][-1:] and len(steps) == 5
     monkeypatch.undo()
     assert in_a_fork(command("cut", "--resume"))[0] == 0
-    assert outcome(tmp_path / "cut") == whole[0]
+    assert outcome(tmp_path / "cut") == uninterrupted[0]
 
 
 @pytest.mark.parametrize("torchrun", [False, True])
@@ -152,9 +152,9 @@ def test_a_second_signal_stops_immediately_unless_forwarded_by_torchrun(command,
 
 
 @pytest.fixture
-def cut(command, tmp_path, whole):
+def cut(command, tmp_path, uninterrupted):
     """A run killed after its second checkpoint."""
-    _, events = whole
+    _, events = uninterrupted
     renames = [i for i, name in enumerate(events) if name == "rename"]  # of the run folder, then of each checkpoint
     in_a_fork(command("cut"), kill_at=renames[3])
     folder = tmp_path / "cut"
@@ -171,7 +171,7 @@ def resume(capsys, arguments):
 
 @pytest.mark.parametrize("file", ["tensors.safetensors", "state.json", "sha256.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
-def test_a_damaged_checkpoint_is_detected_and_the_one_before_it_used(cut, command, whole, capsys, file, damage):
+def test_a_damaged_checkpoint_is_detected_and_the_one_before_it_used(cut, command, uninterrupted, capsys, file, damage):
     newest = max((cut / "checkpoint").glob("step-*"))
     path = newest / file
     content = bytearray(path.read_bytes())
@@ -183,7 +183,7 @@ def test_a_damaged_checkpoint_is_detected_and_the_one_before_it_used(cut, comman
     code, out, _ = resume(capsys, command("cut", "--resume"))
     assert code == 0
     assert f"{newest} is damaged" in out and "the one before it is used" in out
-    assert outcome(cut) == whole[0]
+    assert outcome(cut) == uninterrupted[0]
 
 
 def test_only_damaged_checkpoints_are_a_one_line_error(cut, command, capsys):
@@ -218,23 +218,23 @@ def test_changed_inputs_and_settings_are_named(cut, command, tiny_data, tiny_che
     assert code == EXIT_BAD_INPUT and "exclude each other" in err
 
 
-def test_settings_of_output_may_change_and_the_folder_may_move(cut, command, whole, tmp_path, capsys):
+def test_settings_of_output_may_change_and_the_folder_may_move(cut, command, uninterrupted, tmp_path, capsys):
     moved = cut.rename(tmp_path / "moved")
     assert resume(capsys, command("moved", "--resume", "--train.checkpoint-steps", 2))[0] == 0
-    (report, *rest), (expected, *expected_rest) = outcome(moved), whole[0]
+    (report, *rest), (expected, *expected_rest) = outcome(moved), uninterrupted[0]
     assert report["config"]["train"].pop("checkpoint_steps") == 2
     assert expected["config"]["train"].pop("checkpoint_steps") == 3
     assert (report, rest) == (expected, expected_rest)
 
 
-def test_a_finished_run_is_left_alone_and_an_absent_one_started(command, whole, tmp_path, capsys):
-    before = (tmp_path / "whole" / "report.json").read_bytes()
-    code, out, _ = resume(capsys, command("whole", "--resume"))
-    assert code == 0 and "is finished" in out and (tmp_path / "whole" / "report.json").read_bytes() == before
+def test_a_finished_run_is_left_alone_and_an_absent_one_started(command, uninterrupted, tmp_path, capsys):
+    before = (tmp_path / "uninterrupted" / "report.json").read_bytes()
+    code, out, _ = resume(capsys, command("uninterrupted", "--resume"))
+    assert code == 0 and "is finished" in out and (tmp_path / "uninterrupted" / "report.json").read_bytes() == before
 
 
-def test_only_the_newest_checkpoints_are_kept(command, whole, tmp_path):
-    _, events = whole
+def test_only_the_newest_checkpoints_are_kept(command, uninterrupted, tmp_path):
+    _, events = uninterrupted
     in_a_fork(command("cut", "--train.checkpoint-keep", 3), kill_at=len(events) * 2 // 3)
     names = sorted(path.name for path in (tmp_path / "cut" / "checkpoint").glob("step-*"))
     # Of equal width, so that they sort by step; a step saved again, as at the end of an epoch, has a suffix.

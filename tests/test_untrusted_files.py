@@ -194,13 +194,13 @@ def test_settings_that_are_too_large_or_nested_too_deeply(folder):
         (base, lambda: load_checkpoint(base.parent), CheckpointError),
         (adapter, lambda: load_adapter(load_checkpoint(base.parent), adapter.parent), LoRAError),
     ):
-        whole = path.read_text()
+        original = path.read_text()
         path.write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
         refused(error, f"{path.name}: not valid JSON", read)
-        path.write_text(whole)
+        path.write_text(original)
         os.truncate(path, 1 << 34)
         refused(error, f"{path.name}: has 17,179,869,184 bytes, more than", read)
-        path.write_text(whole)
+        path.write_text(original)
 
 
 # --- adapters -----------------------------------------------------------------------------------------------------
@@ -259,14 +259,14 @@ def test_a_list_of_other_things_than_names(folder):
 def test_lists_that_are_too_long(folder):
     path = folder / "adapter" / "adapter_config.json"
     read = lambda: load_adapter(load_checkpoint(folder / "base"), folder / "adapter")  # noqa: E731
-    whole = path.read_text()
+    original = path.read_text()
     for fields in (
         {"target_modules": [f"query{i}" for i in range(50_000)]},
         {"modules_to_save": [f"part{i}" for i in range(50_000)]},
         {"rank_pattern": {f"a{i}": 2 for i in range(50_000)}},
         {"layers_to_transform": list(range(50_000))},
     ):
-        path.write_text(whole)
+        path.write_text(original)
         edit(path, **fields)
         refused(LoRAError, "has 50,000 entries", read)
 
@@ -348,7 +348,7 @@ def readers(path):
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
-@pytest.mark.parametrize("start", ["whole", "after a row"])
+@pytest.mark.parametrize("start", ["at the start", "after a row"])
 def test_a_line_of_a_gigabyte_is_refused_by_its_first_bytes(tmp_path, kind, start):
     """The file is sparse and reads as zeros."""
     path = tmp_path / f"data.{kind}"
@@ -404,9 +404,9 @@ def test_a_parquet_file_that_unpacks_to_gigabytes(tmp_path, rows, length):
 def test_a_parquet_file_whose_column_has_no_name(tmp_path):
     path = tmp_path / "data.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "label": ["x", "y"]}), path, store_schema=False)
-    whole = path.read_bytes()
+    original = path.read_bytes()
     for name, says in ((b"l\x89bel", "not a Parquet file"), (b"l\nbel", "there are text, l bel;")):
-        path.write_bytes(whole.replace(b"label", name))
+        path.write_bytes(original.replace(b"label", name))
         for read in readers(path)[:1]:
             refused(DataError, says, read)
 

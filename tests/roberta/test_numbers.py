@@ -1,4 +1,4 @@
-"""Logits and gradients are finite for whatever a batch may hold, and too long a text is cut and counted."""
+"""Logits and gradients are finite for every batch, and texts that are too long are truncated and counted."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def model_of(dropout: float, epsilon: float, special: str) -> RobertaForSequence
     probabilities = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), dropout)
     model = RobertaForSequenceClassification(RobertaConfig(**SIZES, **probabilities, layer_norm_eps=epsilon))
     inject_lora(model, LoRAConfig(rank=2, dropout=dropout, bias="all"))
-    model.requires_grad_(True)  # also what is frozen in a run: nothing on the way may be infinite
+    model.requires_grad_(True)  # also what is frozen in a run: every gradient must be finite
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("lora_B"):
@@ -41,7 +41,7 @@ def model_of(dropout: float, epsilon: float, special: str) -> RobertaForSequence
 
 @st.composite
 def batches(draw):
-    """Ids and a mask with at least one real token a text: at any place, holes and padding in front included."""
+    """Ids and a mask with at least one real token per text at any position, also after padding or with gaps."""
     rows = draw(st.integers(1, 4))
     length = draw(st.one_of(st.sampled_from([1, LONGEST]), st.integers(1, LONGEST)))
     mask = torch.tensor(
@@ -68,12 +68,12 @@ def test_logits_and_gradients_are_finite(dropout, precision, batch, special, eps
     loss.backward()
     assert logits.shape == (len(ids), 3) and logits.isfinite().all() and loss.isfinite()
     for name, parameter in model.named_parameters():
-        # <s> alone is classified, so nothing above the last layer's query may lack a gradient.
+        # Every parameter has a gradient, though only <s> is classified.
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
-def test_a_text_is_what_it_is_in_any_batch():
-    """Batch of one, in company, padded to the maximum: the same logits."""
+def test_logits_of_a_text_do_not_depend_on_the_batch():
+    """Alone, with other texts, padded to the maximum: the same logits."""
     model = model_of(0.0, 1e-5, "nothing special").double().eval()
     torch.manual_seed(1)
     ids, lengths = torch.randint(4, 20, (4, LONGEST)), (1, 5, LONGEST, 1)
@@ -84,7 +84,7 @@ def test_a_text_is_what_it_is_in_any_batch():
         torch.testing.assert_close(alone[0], together[row], rtol=1e-12, atol=1e-12)
 
 
-def test_a_text_longer_than_the_position_table_is_cut_and_counted(tiny_config, tiny_data, capsys):
+def test_a_text_longer_than_the_position_table_is_truncated_and_counted(tiny_config, tiny_data, capsys):
     rows = (tiny_data / "train.csv").read_text().splitlines()
     rows[1] += " report" * 500
     rows[2] += " report" * 40

@@ -1,4 +1,4 @@
-"""Checkpoints: which keys are read, which are left out, and how a file that doesn't fit is refused."""
+"""Checkpoints: which keys are read, which are ignored, and errors for files that don't fit."""
 
 import dataclasses
 import json
@@ -52,7 +52,7 @@ def test_what_is_saved_is_loaded(folder):
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_prefix_is_optional_and_pretraining_parts_are_left_out(folder):
+def test_prefix_is_optional_and_pretraining_parts_are_ignored(folder):
     before = load_checkpoint(folder)
 
     def encoder_alone(weights):
@@ -69,7 +69,7 @@ def test_prefix_is_optional_and_pretraining_parts_are_left_out(folder):
         assert torch.equal(one, other), name
 
 
-def test_a_missing_head_is_drawn_anew_from_the_published_distribution(folder):
+def test_a_missing_head_is_drawn_from_the_published_distribution(folder):
     edit_weights(folder, lambda weights: {n: t for n, t in weights.items() if not n.startswith("classifier.")})
     config = dataclasses.replace(SMALL, initializer_range=0.5, label_names=tuple("abcdefgh") * 50)
     torch.manual_seed(1)
@@ -112,7 +112,7 @@ def test_missing_unexpected_and_misshapen_keys_are_listed(folder):
 
 
 @pytest.mark.parametrize("content", [b"", b"short", b"not safetensors at all", b"\xff" * 100])
-def test_a_file_that_is_no_safetensors(folder, content):
+def test_a_file_that_is_not_safetensors(folder, content):
     (folder / "model.safetensors").write_bytes(content)
     refused(folder, r"model\.safetensors: not a complete safetensors file")
 
@@ -211,12 +211,12 @@ def allowed(mebibytes):  # memory of this process's own
     held = int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
     resource.setrlimit(resource.RLIMIT_DATA, (held + mebibytes * 2**20, resource.RLIM_INFINITY))
 
-load_checkpoint(sys.argv[2])  # what is imported on the way is imported now
+load_checkpoint(sys.argv[2])  # late imports happen now
 weights = Path(sys.argv[1], "model.safetensors").stat().st_size / 2**20
 allowed(int(2.4 * weights))  # the model, the mapped file, and less than half a copy to spare
 model = load_checkpoint(sys.argv[1])
 try:
-    torch.empty(int(1.6 * weights * 2**18))  # to show that the limit limits; the file is mapped no more
+    torch.empty(int(1.6 * weights * 2**18))  # shows that the limit is in force; the file is no longer mapped
 except RuntimeError:
     print("one copy")
 """
@@ -238,6 +238,6 @@ def test_loading_takes_the_memory_of_one_copy(tmp_path, tiny_checkpoint):
     assert done.stdout == "one copy\n", done.stderr[-400:]
 
 
-def test_a_saved_checkpoint_can_be_read_by_whom_its_settings_can(folder):
+def test_saved_weights_have_the_permissions_of_the_settings(folder):
     modes = {path.stat().st_mode for path in folder.iterdir()}
     assert len(modes) == 1

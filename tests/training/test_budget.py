@@ -1,4 +1,4 @@
-"""The budget is checked on shapes alone, and names the largest rank that fits."""
+"""The budget is checked on shapes alone, and its error names the largest rank that fits."""
 
 import dataclasses
 

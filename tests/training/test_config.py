@@ -1,4 +1,4 @@
-"""Settings from TOML and the command line; an invalid one is refused in one line that names the field."""
+"""Settings from TOML and the command line; an invalid one is a one-line error that names the field."""
 
 import pytest
 
@@ -32,7 +32,7 @@ def test_command_line_overrides_the_file(toml):
     assert config.lora.target_modules == ("query", "output.dense")
 
 
-def test_written_settings_are_read_back_equal(toml, tmp_path):
+def test_written_settings_are_equal_when_read_again(toml, tmp_path):
     config = read_config(
         toml(
             'output = "runs/x"\n[model]\nhidden_dropout = 0\n[lora]\nlayers_to_transform = [1, 2]\n'

@@ -1,7 +1,7 @@
-"""A run in several processes is the run of one: same losses, weights and scores; what is lost when one of them dies.
+"""A run in several processes equals a run in one: same losses, weights and scores; and what is lost when one dies.
 
-Most runs here are forks of this process that are told by RANK and WORLD_SIZE who they are, as torchrun would tell them;
-the one that dies is started by torchrun.
+Most runs here are forks of this process with RANK and WORLD_SIZE set, as torchrun would set them; the one in which a
+process dies is started by torchrun.
 """
 
 import datetime
@@ -39,7 +39,7 @@ from training.errors import ConfigError
 from training.precision import Compute
 
 ROOT = Path(__file__).resolve().parents[2]
-# 86 texts in batches of 7: the last has 2, one too few for three processes; and two batches a step, the last step one.
+# 86 texts in batches of 7: the last has 2, one too few for three processes. Two batches per step, one in the last step.
 OPTIONS = """
 --train.batch-size 7 --train.accumulation-steps 2 --train.epochs 3 --train.log-every 1 --train.eval-batch-size 6
 """.split()
@@ -48,7 +48,7 @@ NO_DROPOUT = "--model.hidden-dropout 0 --model.attention-dropout 0 --model.class
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """A fork has only the thread that made it: torch must not wait for others."""
+    """A fork has only one thread: torch must not wait for others."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -57,7 +57,7 @@ def one_thread():
 
 @pytest.fixture(scope="module", autouse=True)
 def warm():
-    """What is imported late is imported now, once, and not in every fork."""
+    """Late imports happen now, once, instead of in every fork."""
     import datasets
     import sklearn.metrics
 
@@ -65,7 +65,7 @@ def warm():
 
 
 def watch(real_step, seen, act):
-    """`train_step` that writes down what it is given and what it sends; `act(step)` comes first."""
+    """`train_step` that records its batches and its messages; `act(step)` is called first."""
 
     def step(model, batches, *rest):
         act(len(seen["rows"]) + 1)
@@ -81,7 +81,7 @@ def watch(real_step, seen, act):
 
 
 def run_train(arguments, double=True, act=lambda step: None):
-    """The program's own last lines on `arguments`, watched: (exit code, what was seen)."""
+    """Run train.py's command and record it: (exit code, records)."""
     seen = {"rows": [], "seeds": [], "sent": [], "step_messages": [], "wrote": []}
     real_load, real_reduce = train_module.load_checkpoint, dist.all_reduce
 
@@ -122,7 +122,7 @@ def forks(size, work, folder):
     Returns their wait statuses, and for each (what it returned, its stdout, its stderr).
     """
     folder.mkdir(exist_ok=True)
-    # As under torchrun, what the processes know of each other outlives each of them.
+    # As under torchrun, the store outlives each of the processes.
     store, pids = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), []
     for rank in range(size):
         pid = os.fork()
@@ -131,10 +131,10 @@ def forks(size, work, folder):
             try:
                 sys.stdout, sys.stderr = ((folder / f"{name}{rank}").open("w") for name in ("out", "err"))
                 end_if_stuck()
-                told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-                told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
-                told |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
-                os.environ.update({name: str(value) for name, value in told.items()})
+                names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+                names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+                names |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
+                os.environ.update({name: str(value) for name, value in names.items()})
                 code, seen = work(rank)
                 (folder / f"seen{rank}").write_text(json.dumps(seen))
             except BaseException as error:
@@ -156,7 +156,7 @@ def forks(size, work, folder):
 
 
 def outcome(folder):
-    """All that a run leaves behind, but for times, memory, and where it ran."""
+    """The results of a run, except times, memory and settings."""
     report = json.loads((folder / "report.json").read_text())
     for name in ("train_seconds", "seconds", "peak_memory_bytes", "test_texts_per_second", "config"):
         del report[name]
@@ -167,7 +167,7 @@ def outcome(folder):
 
 
 def assert_same_run(found, expected):
-    """Everything that is counted or decided is equal, and every number to 1e-10, the logits' float32 to 1e-6."""
+    """Counts and decisions are equal, losses and weights to 1e-10, values from the float32 logits to 1e-6."""
     (report, lines, weights), (expected_report, expected_lines, expected_weights) = found, expected
     for name in ("best_epoch", "epochs_run", "steps", "complete"):
         assert report[name] == expected_report[name]
@@ -205,7 +205,7 @@ def joined(lists):
 
 
 def check_partition(results, rows):
-    """Each step's rows are those of one process, each in one place; all processes end with the same bits."""
+    """Each step's rows are those of a single process, each in one share; all processes end with the same bits."""
     assert len(rows) == 3 * 7 and sorted(joined(rows[:7])) == list(range(86))
     for step, expected in enumerate(rows):
         shares = [seen["rows"][step] for seen, _, _ in results]
@@ -214,7 +214,7 @@ def check_partition(results, rows):
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_several_processes_are_one(alone, tiny_config, tmp_path, size):
+def test_several_processes_equal_one(alone, tiny_config, tmp_path, size):
     expected, rows = alone
     arguments = [tiny_config, *OPTIONS, *NO_DROPOUT, "--output", tmp_path / "several"]
     codes, results = forks(size, lambda rank: run_train(arguments), tmp_path / "seen")
@@ -225,7 +225,7 @@ def test_several_processes_are_one(alone, tiny_config, tmp_path, size):
     for seen, _, _ in results:
         # However many batches a step has: one message of its gradients and its loss (here of 8 bytes each).
         assert seen["step_messages"] == [[8 * (trainable + 1)]] * len(rows)
-        # Beside them 16 bytes a step and after each epoch, and what an epoch or a run sends once.
+        # In addition 16 bytes per step and after each epoch, and messages once per epoch or run.
         others = len(seen["sent"]) - len(rows)
         assert sum(seen["sent"]) - 8 * (trainable + 1) * len(rows) <= 16 * (len(rows) + 3) + 400 * 3 + 100 and others
     (main, out, err), *others = results
@@ -244,17 +244,17 @@ def die(step):
     if os.environ["RANK"] == "1" and step == 12:
         os.kill(os.getpid(), signal.SIGKILL)
 
-def told_to_end(self, line, report=World.report_error):  # as early as torchrun could, which saw the other one die too
+def signalled(self, line, report=World.report_error):  # as early as torchrun could, which also noticed
     os.kill(os.getpid(), signal.SIGTERM)
     report(self, line)
 
-World.report_error = told_to_end
+World.report_error = signalled
 
 sys.exit(run_train(sys.argv[1:], act=die)[0])
 """
 
 
-def test_a_process_that_dies_ends_the_run_which_goes_on_in_another_number_of_them(alone, tiny_config, tmp_path):
+def test_a_process_that_dies_ends_the_run_which_resumes_with_another_number(alone, tiny_config, tmp_path):
     expected, rows = alone
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
@@ -286,11 +286,13 @@ def test_a_process_that_dies_ends_the_run_which_goes_on_in_another_number_of_the
     assert len({seen["weights"] for seen, _, _ in results}) == 1
 
 
-def test_dropout_differs_and_a_stopped_run_goes_on_with_the_same_bits(tiny_config, tmp_path):
+def test_dropout_differs_and_a_stopped_run_resumes_with_the_same_bits(tiny_config, tmp_path):
     arguments = [tiny_config, *OPTIONS, "--lora.dropout", 0.2, "--train.log-every", 4, "--output"]
-    codes, whole = forks(2, lambda rank: run_train([*arguments, tmp_path / "whole"], double=False), tmp_path / "seen")
-    assert codes == [0, 0], whole
-    seeds = joined(seen["seeds"] for seen, _, _ in whole)
+    codes, uninterrupted = forks(
+        2, lambda rank: run_train([*arguments, tmp_path / "uninterrupted"], double=False), tmp_path / "seen"
+    )
+    assert codes == [0, 0], uninterrupted
+    seeds = joined(seen["seeds"] for seen, _, _ in uninterrupted)
     assert len(set(seeds)) == len(seeds) == 2 * 21  # no two processes, no two steps
 
     def stop_other(step):
@@ -303,14 +305,16 @@ def test_dropout_differs_and_a_stopped_run_goes_on_with_the_same_bits(tiny_confi
     assert "interrupted in epoch 1 after step 5" in results[0][1] and "--resume" in results[0][1]
     codes, results = forks(2, lambda rank: run_train([*cut, "--resume"], double=False), tmp_path / "seen")
     assert codes == [0, 0], results
-    assert "step    20/21" in results[0][1]  # steps made before the stop and not logged then count once
-    (report, lines, weights), (expected_report, expected_lines, expected) = map(outcome, (cut[-1], tmp_path / "whole"))
+    assert "step    20/21" in results[0][1]  # steps that were not yet logged before the stop count once
+    (report, lines, weights), (expected_report, expected_lines, expected) = map(
+        outcome, (cut[-1], tmp_path / "uninterrupted")
+    )
     assert (report, lines) == (expected_report, expected_lines)
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    assert {seen["weights"] for seen, _, _ in results} == {seen["weights"] for seen, _, _ in whole}
+    assert {seen["weights"] for seen, _, _ in results} == {seen["weights"] for seen, _, _ in uninterrupted}
 
 
-def test_a_process_that_hangs_is_given_up_but_a_slow_checkpoint_is_not(tiny_config, tmp_path, monkeypatch):
+def test_a_hanging_process_times_out_but_a_slow_checkpoint_does_not(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "_LOST_AFTER", datetime.timedelta(seconds=5))
     real_save = recorder.save
     arguments = [tiny_config, *OPTIONS, "--train.checkpoint-steps", 2, "--output", tmp_path / "run"]
@@ -342,7 +346,7 @@ def test_a_process_that_hangs_is_given_up_but_a_slow_checkpoint_is_not(tiny_conf
         (["--train.epochs", -1], "train.epochs is -1"),
     ],
 )
-def test_an_error_is_one_line_however_many_processes_have_it(tiny_config, tmp_path, more, line):
+def test_an_error_in_several_processes_is_one_line(tiny_config, tmp_path, more, line):
     arguments = [tiny_config, *more, "--output", tmp_path / "run"]
     codes, results = forks(2, lambda rank: run_train(arguments), tmp_path / "seen")
     assert EXIT_BAD_INPUT in codes and set(codes) <= {EXIT_BAD_INPUT, EXIT_LOST}
@@ -350,7 +354,7 @@ def test_an_error_is_one_line_however_many_processes_have_it(tiny_config, tmp_pa
     assert line in errors and errors.count("\n") == 1 and errors.startswith("error: ")
 
 
-def test_torchrun_is_told_the_error(tmp_path, monkeypatch, capsys):
+def test_the_error_is_written_for_torchrun(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     ALONE.report_error("error: a line")
     assert capsys.readouterr().err == "error: a line\n"
@@ -358,7 +362,7 @@ def test_torchrun_is_told_the_error(tmp_path, monkeypatch, capsys):
 
 
 class _Net(torch.nn.Module):
-    """Two labels from the mean of one number a token; `overflow` makes its gradients inf."""
+    """Two logits from the mean token id; `overflow` makes the gradients inf."""
 
     def __init__(self):
         super().__init__()
@@ -408,7 +412,7 @@ def _split(lengths):
     size=st.integers(1, 12),
     epoch=st.integers(0, 3),
 )
-def test_rows_are_shared_out_without_loss_or_copy(lengths, batch_size, size, epoch):
+def test_rows_are_divided_without_loss_or_duplicate(lengths, batch_size, size, epoch):
     split, worlds = _split(lengths), [World(rank, size) for rank in range(size)]
     plan = bucketed_batches(split.lengths, batch_size, 0, epoch)
     shared = [list(training_batches(split, batch_size, 1, 0, epoch, share=world.share)) for world in worlds]
@@ -425,7 +429,7 @@ def test_rows_are_shared_out_without_loss_or_copy(lengths, batch_size, size, epo
     assert sorted(joined(batch.indices.tolist() for batch in scored)) == list(range(len(lengths)))
 
 
-def test_roberta_base_sends_less_than_four_megabytes_a_step(monkeypatch):
+def test_roberta_base_sends_less_than_four_megabytes_per_step(monkeypatch):
     with torch.device("meta"):
         model = RobertaForSequenceClassification(RobertaConfig(label_names=("a", "b", "c", "d")))
         inject_lora(model, LoRAConfig(rank=6, alpha=14, target_modules=("query", "key", "value")))

@@ -1,4 +1,4 @@
-"""report.html: complete, escaped, without network requests, and explicit about what a run lacks."""
+"""report.html: complete, escaped, without network requests, and explicit about missing results."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def test_what_data_contains_is_shown_as_text(run_folder):
     assert "&lt;script&gt;document.title" in page and "a&lt;b&gt;" in page
 
 
-def test_a_report_tells_no_mistakes_from_no_test_scores(run_folder):
+def test_a_report_distinguishes_no_mistakes_from_no_test_scores(run_folder):
     report = json.loads(run_folder.report.read_text())
 
     def page(**changes):
@@ -67,7 +67,7 @@ def test_names_of_classes_are_text_in_the_drawings_too(run_folder):
     assert "<script" not in page and "<b>" not in page
 
 
-def test_an_interrupted_run_shows_what_there_is_and_says_what_is_missing(run_folder):
+def test_an_interrupted_run_shows_available_results_and_names_missing_ones(run_folder):
     run_folder.report.unlink()
     write_html_report(run_folder)
     page = run_folder.html.read_text()
@@ -83,11 +83,11 @@ def test_an_interrupted_run_shows_what_there_is_and_says_what_is_missing(run_fol
 
 
 def test_damaged_files_are_named(run_folder, tmp_path):
-    whole = run_folder.report.read_text()
+    original = run_folder.report.read_text()
     run_folder.report.write_text("[" * 100_000)
     with pytest.raises(ConfigError, match="a file is damaged"):
         write_html_report(run_folder)
-    run_folder.report.write_text(whole)
+    run_folder.report.write_text(original)
     run_folder.metrics.write_text("{broken\n")
     with pytest.raises(ConfigError, match="a file is damaged"):
         write_html_report(run_folder)
@@ -119,7 +119,7 @@ def test_a_browser_opens_it_without_an_error_or_a_request(run_folder, tmp_path):
     write_html_report(run_folder)
 
     def dump(path, name):
-        # Whatever is asked of any host but this machine goes to the listening server, as to a proxy.
+        # Requests to any other host go to the listening server, as to a proxy.
         command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--enable-logging=stderr"]
         command += [f"--user-data-dir={tmp_path / name}", "--disable-background-networking", "--no-first-run"]
         command += ["--disable-component-update", "--disable-sync", path.as_uri()]
@@ -133,7 +133,7 @@ def test_a_browser_opens_it_without_an_error_or_a_request(run_folder, tmp_path):
     assert "CONSOLE" not in done.stderr, done.stderr
     assert requests == []
 
-    loud = tmp_path / "loud.html"  # to show that this test can fail
+    loud = tmp_path / "loud.html"  # this test can fail
     loud.write_text(f"<script>console.error('oh')</script>{EVIL.format(port=server.server_port)}")
     done = dump(loud, "profile2")
     server.shutdown()

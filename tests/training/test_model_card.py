@@ -1,4 +1,4 @@
-"""README.md of a run: its numbers are the report's, its code loads the model, text from data is escaped."""
+"""README.md of a run: its numbers equal the report's, its code loads the model, text from data is escaped."""
 
 import json
 import re
@@ -42,9 +42,9 @@ def test_a_card_holds_the_reports_numbers_and_its_code_classifies(run_folder, ca
     texts = ["goal in the cup", "oil price today"]
     loaded = {"their_tokenizer": their_tokenizer}
     exec(code.replace('"one text"', repr(texts[0])), loaded)
-    said = capsys.readouterr().out.splitlines()[-1]
+    printed = capsys.readouterr().out.splitlines()[-1]
     ours = classify(load_trained(Arguments(run=run_folder.path)), texts)
-    assert replaced == 1 and said == report["label_names"][ours[0].argmax()]
+    assert replaced == 1 and printed == report["label_names"][ours[0].argmax()]
     with torch.no_grad():
         logits = [loaded["model"](torch.tensor([ids])).logits[0] for ids in tokenizer.encode_batch(texts)]
     torch.testing.assert_close(torch.stack(logits).softmax(dim=-1), ours, rtol=1e-5, atol=1e-6)
@@ -72,7 +72,7 @@ def test_cards_of_other_runs(run_folder):
     assert "cleans a text as training did (html, lowercase;" in cleaned
 
     assert "labels = ['\N{GRINNING FACE}']" in card(label_names=["\N{GRINNING FACE}"])  # as Python reads it
-    evil = "<b>a|b</b>\n# [x](http://y) `z`"  # names from data stay text
+    evil = "<b>a|b</b>\n# [x](http://y) `z`"  # names from data are escaped
     row = next(iter(report["test"]["per_class"].values()))
     named = card(label_names=[evil], test=report["test"] | {"per_class": {evil: row}})
     assert evil not in named and "\\<b\\>a\\|b\\</b\\> \\# \\[x\\](http://y) \\`z\\`" in named

@@ -1,4 +1,4 @@
-"""Plots of a run: what is written on them can be read, whatever the curves do."""
+"""Plots of a run: their text is readable for any shape of the curves."""
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -14,7 +14,7 @@ SCORES = ("accuracy", "precision", "recall", "f1")
     [(0.9, 0.5, 0.9, 0.5), (0.1, 0.3, 0.5, 0.99), (0.99, 0.5, 0.3, 0.1), (0.5, 0.5, 0.5, 0.5)],
     ids=["zigzag", "up", "down", "flat"],
 )
-def test_legend_of_scores_lies_on_no_curve_and_under_the_title(values):
+def test_legend_of_scores_covers_no_curve_and_is_below_the_title(values):
     validations = [
         {"epoch": i + 1, "loss": 0.1, **{name: value - 0.01 * k for k, name in enumerate(SCORES)}}
         for i, value in enumerate(values)

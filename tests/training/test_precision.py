@@ -1,4 +1,4 @@
-"""Frozen weights kept in the compute type, and compiled steps: the same numbers as without."""
+"""Frozen weights in the compute type, and compiled steps, give the same numbers."""
 
 import copy
 
@@ -83,8 +83,7 @@ def test_nothing_is_cast_in_float32():
 
 
 def test_a_compiled_model_is_the_same_function_of_the_same_parameters(monkeypatch):
-    # What a compiler is given is traced and differentiated as always; only the code generator, which takes a minute
-    # and belongs to torch, is left out.
+    # The model is traced and differentiated as usual; only torch's code generator, which takes a minute, is replaced.
     compiler = torch.compile
     seen = {}
 

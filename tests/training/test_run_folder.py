@@ -1,4 +1,4 @@
-"""A run folder appears whole or not at all."""
+"""A run folder is complete or absent."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from training.run_folder import RunFolder
 
 @pytest.fixture
 def failing(monkeypatch):
-    """Settings are written by half, then the disk is full."""
+    """Settings are written partly, then the disk is full."""
 
     def write(config, path):
         path.write_text("output = ")
@@ -26,7 +26,7 @@ def failing(monkeypatch):
     monkeypatch.setattr(module, "write_config", write)
 
 
-def test_a_folder_that_can_not_be_written_is_not_there(tmp_path, failing):
+def test_a_folder_that_can_not_be_written_is_absent(tmp_path, failing):
     folder = RunFolder(tmp_path / "run")
     with pytest.raises(OSError, match="space"):
         folder.create(RunConfig(), ("a", "b"), replace=False)
@@ -44,7 +44,7 @@ def test_a_folder_that_was_to_be_replaced_stays(tmp_path, monkeypatch, request):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_what_a_killed_process_left_is_cleared(tmp_path):
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     (tmp_path / ".run.new").mkdir()
     (tmp_path / ".run.new" / "config.toml").write_text("output = ")
     (tmp_path / "run").mkdir()  # empty: free to be used
@@ -55,7 +55,7 @@ def test_what_a_killed_process_left_is_cleared(tmp_path):
 
 
 def create_and_be_killed(folder, output, at):
-    """Make the folder in a fork that is killed before its `at`-th look at the disk; whether it was."""
+    """Create the folder in a fork that is killed before its `at`-th file operation; returns whether it was."""
     pid = os.fork()
     if pid == 0:
         seen = 0
@@ -73,8 +73,8 @@ def create_and_be_killed(folder, output, at):
     return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
 
 
-def test_whenever_it_is_killed_there_is_a_whole_folder_or_none(tmp_path):
-    """In a process of its own: a fork of one that has threads may wait for ever for a lock that one of them held."""
+def test_a_process_killed_at_any_time_leaves_a_complete_folder_or_none(tmp_path):
+    """In a separate process: a fork of a process with threads may deadlock on a lock that a thread held."""
     code = f"from pathlib import Path; from {__name__} import kill_at_each_moment as f; f(Path({str(tmp_path)!r}))"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=Path(__file__).resolve().parents[2])
 

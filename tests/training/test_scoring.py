@@ -1,4 +1,4 @@
-"""Scores against numbers worked out by hand, and logits put back into the order of the split."""
+"""Scores against numbers computed by hand, and logits in the order of the split."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from training.precision import Compute
 from training.scoring import predict, score
 
 
-def test_scores_of_a_confusion_matrix_worked_out_by_hand():
+def test_scores_of_a_confusion_matrix_computed_by_hand():
     # Truth 0,0,0,1,1,2; predicted 0,0,1,1,1,0.
     predicted = torch.tensor([0, 0, 1, 1, 1, 0])
     logits = torch.nn.functional.one_hot(predicted, 3).float() * 4
@@ -31,7 +31,7 @@ def test_a_class_without_texts_does_not_lower_the_averages():
     assert score(logits, np.array([0, 1]), ("a", "b", "unseen")).f1 == 1.0
 
 
-def test_table_has_a_line_a_class():
+def test_table_has_one_line_per_class():
     logits = torch.eye(3)
     table = score(logits, np.array([0, 1, 2]), ("earn", "acq", "money-fx")).table()
     assert [line.split()[0] for line in table.splitlines()] == ["class", "earn", "acq", "money-fx", "macro"]

@@ -1,4 +1,4 @@
-"""Speed: what is timed, and the numbers made of it."""
+"""Speed: what is timed, and the statistics."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from training.speed import measure_speed
 
 
 class Slow(torch.nn.Module):
-    """Takes as long as it is told, by a clock of its own."""
+    """A model whose calls take given times on a simulated clock."""
 
     def __init__(self, clock, durations):
         super().__init__()
@@ -23,7 +23,7 @@ class Slow(torch.nn.Module):
         return torch.zeros(len(input_ids), 2)
 
 
-def test_rate_median_and_p95_of_models_by_turns(monkeypatch):
+def test_rate_median_and_p95_of_interleaved_models(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
     ids = torch.ones(4, 3, dtype=torch.long)
