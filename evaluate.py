@@ -269,7 +269,7 @@ def evaluate(arguments: Arguments) -> int:
 
     if texts:
         shown = min(4, len(trained.label_names))
-        say(f"            the likeliest {shown} of {len(trained.label_names)} classes, each with its probability")
+        say(f"            the {shown} most likely of {len(trained.label_names)} classes, with probabilities")
         for text, row in zip(texts, classify(trained, texts), strict=True):
             order = row.argsort(descending=True)[:shown].tolist()
             say("  ".join(f"{trained.label_names[i]} {row[i]:.3f}" for i in order) + f"   {text[:80]}")
