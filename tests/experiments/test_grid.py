@@ -89,7 +89,7 @@ def test_an_override_without_field_or_value(text):
         ("[train]\nseed = [0, 1]\n", "seed is a grid and --seeds is 2"),
         (
             "[lora]\ntarget_modules = '.*query'\nlayers_to_transform = [[0], [1]]\n",
-            "layers_to_transform does not go with",
+            "layers_to_transform can't be combined with",
         ),
         ("lora = 3\n", "lora"),
         ("rank = = 3\n", "not valid TOML"),
