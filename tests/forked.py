@@ -1,10 +1,11 @@
-"""Run train.py's command in a forked process, with a fault at a chosen event.
+"""Runs of train.py's command as processes of their own, in which something goes wrong at a chosen moment.
 
-A fork starts quickly and can be killed. Events are: an optimizer step, a collated batch, a logged line, a flush or a
-rename of a file.
+A run is a fork of this process: it starts in no time, and may be killed. The moments are what it does, one event after
+the other: an optimizer step, a batch put together, a logged line, a flush or a rename of a file.
 """
 
 import faulthandler
+import gc
 import json
 import os
 import signal
@@ -23,22 +24,22 @@ from training.config import parse_command_line
 from training.run_folder import RunFolder
 
 STUCK_SECONDS = 240
-"""A fork that takes longer has hung; none takes a tenth of it."""
+"""A fork that takes longer waits for what will not come; none takes a tenth of it."""
 
 
 def end_if_stuck() -> None:
-    """In a fork whose stderr is a file: print a traceback of each thread and exit instead of hanging."""
+    """In a fork whose stderr is a file: rather than wait for ever, tell where each thread stands, and end."""
     faulthandler.dump_traceback_later(STUCK_SECONDS, exit=True)
 
 
 def fail_if_stuck(err: str) -> None:
-    """In the parent process, with the stderr of the fork."""
+    """In the process that made the fork, with what that wrote to stderr."""
     if "Timeout (" in err:
         raise AssertionError(f"a fork was stuck:\n{err}")
 
 
 def die(_event: str) -> None:
-    """End the process like a power cut or the kernel's out-of-memory killer."""
+    """What a power cut does to a process, or a kernel that is out of memory."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -50,7 +51,7 @@ class Moments:
         self.count, self._striking = 0, False
 
     def __call__(self, name: str) -> None:
-        if self._striking:  # events within `strike` do not count
+        if self._striking:  # what a strike does is no event
             return
         self.report(name)
         self.count += 1
@@ -62,7 +63,7 @@ class Moments:
                 self._striking = False
 
     def watch(self, owner: object, attribute: str) -> None:
-        """Record each call as an event."""
+        """Make an event of each call."""
         real = getattr(owner, attribute)
 
         def watched(*arguments, **options):
@@ -77,7 +78,7 @@ class Ended:
     """How a run in a fork ended."""
 
     code: int
-    """The exit code, or the negative number of the signal that ended it."""
+    """The exit code; the signal that ended it as a negative number."""
     events: list[str]
     steps: int
     """Optimizer steps that were made."""
@@ -86,7 +87,7 @@ class Ended:
 
     @property
     def one_line(self) -> bool:
-        """Whether it ended with a one-line error."""
+        """Whether it gave up with one clear line."""
         return self.code > 0 and self.err.startswith("error: ") and self.err.count("\n") == 1
 
 
@@ -96,7 +97,7 @@ def run_forked(
     strike: Callable[[str], None] = die,
     prepare: Callable[[Moments], None] = lambda _: None,
 ) -> Ended:
-    """Run train.py's command and call `strike` from event `at` on; `prepare` is called in the fork first."""
+    """Run train.py's command with `strike` from its event number `at` on; `prepare` is called in the fork first."""
     with tempfile.TemporaryDirectory() as folder:
         seen, out, err = (Path(folder, name) for name in ("seen", "out", "err"))
         pid = os.fork()
@@ -105,9 +106,10 @@ def run_forked(
             try:
                 sys.stdout, sys.stderr = out.open("w", buffering=1), err.open("w", buffering=1)
                 end_if_stuck()
-                log = os.open(seen, os.O_CREAT | os.O_WRONLY | os.O_APPEND)  # unbuffered, as it may be killed
+                gc.freeze()  # or each collection goes through, and so copies, all that the libraries have made
+                log = os.open(seen, os.O_CREAT | os.O_WRONLY | os.O_APPEND)  # at once: a killed process flushes nothing
                 moments = Moments(lambda name: os.write(log, f"{name}\n".encode()), at, strike)
-                # Drawing takes longer than the training, and is repeated rather than resumed.
+                # Drawing takes longer than the training, and is not resumed but done again.
                 recorder.draw_plots = lambda folder: None
                 recorder.write_html_report = lambda folder: None
                 real_step = train_module.train_step
@@ -134,15 +136,15 @@ def run_forked(
             finally:
                 os._exit(code)
         _, status = os.waitpid(pid, 0)
-        lines, stdout, stderr = (path.read_text() if path.exists() else "" for path in (seen, out, err))
-    fail_if_stuck(stderr)
+        lines, told, complained = (path.read_text() if path.exists() else "" for path in (seen, out, err))
+    fail_if_stuck(complained)
     events = lines.splitlines()
     steps = events.count("step made")
-    return Ended(os.waitstatus_to_exitcode(status), [e for e in events if e != "step made"], steps, stdout, stderr)
+    return Ended(os.waitstatus_to_exitcode(status), [e for e in events if e != "step made"], steps, told, complained)
 
 
 def outcome(folder: Path) -> tuple[dict, list[dict], bytes]:
-    """The results of a run, except times, memory and the name of its folder."""
+    """All that a run leaves behind, but for times, memory and the name of its folder."""
     report = json.loads((folder / "report.json").read_text())
     for name in ("train_seconds", "seconds", "peak_memory_bytes", "test_texts_per_second"):
         del report[name]
