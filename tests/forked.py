@@ -8,6 +8,7 @@ import faulthandler
 import gc
 import json
 import os
+import runpy
 import signal
 import sys
 import tempfile
@@ -15,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import train as train_module
 from data import batching
@@ -141,6 +143,54 @@ def run_forked(
     events = lines.splitlines()
     steps = events.count("step made")
     return Ended(os.waitstatus_to_exitcode(status), [e for e in events if e != "step made"], steps, told, complained)
+
+
+class Forked:
+    """What subprocess.Popen([python, script, *arguments]) is, made by a fork of this process, with its imports."""
+
+    def __init__(self, command: list[str], stdout: BinaryIO, stderr: int, env: dict[str, str]) -> None:
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid:
+            return
+        code: object = 99
+        try:
+            for number in (1, 2):
+                os.dup2(stdout.fileno(), number)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+            end_if_stuck()
+            gc.freeze()
+            os.environ.clear()
+            os.environ.update(env)
+            sys.argv = command[1:]
+            runpy.run_path(command[1], run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code if isinstance(code, int) else int(code is not None))
+
+    def poll(self) -> int | None:
+        """The exit code, or None."""
+        return self._wait(os.WNOHANG)
+
+    def wait(self) -> int | None:
+        """The exit code."""
+        return self._wait(0)
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGTERM)
+
+    def _wait(self, options: int) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, options)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
 
 
 def outcome(folder: Path) -> tuple[dict, list[dict], bytes]:

@@ -1,26 +1,51 @@
-"""The table: each configuration runs once, finished runs are skipped, failures are listed, the files are right."""
+"""The table: each configuration runs once, finished runs are skipped, failures are listed, the files are right.
+
+The runs of a table are processes. Here they are forks of this one, which start in no time and draw nothing, but for
+that of the command line.
+"""
 
 import csv
 import json
+import runpy
 import statistics
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import torch
 
+from experiments import results, table
 from experiments.plot import Arguments as PlotArguments
 from experiments.plot import plot
 from experiments.table import Arguments, make_table
+from tests.conftest import write_tiny_config, write_tiny_data
+from tests.forked import Forked
+from training import recorder
 from training.errors import ConfigError
 from training.run_folder import RunFolder
 
-ROOT = Path(__file__).resolve().parents[2]
+
+@pytest.fixture
+def forks(monkeypatch):
+    """Runs are forks of this process, and draw no plots and pages."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # a fork has only the thread that made it
+    monkeypatch.setattr(table.subprocess, "Popen", Forked)
+    monkeypatch.setattr(recorder, "draw_plots", lambda folder: None)
+    monkeypatch.setattr(recorder, "write_html_report", lambda folder: None)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
-def grid(tiny_config):
+def no_curves(monkeypatch):
+    """The table's own plots are not drawn."""
+    monkeypatch.setattr(results, "_CURVES", ())
+
+
+@pytest.fixture(scope="module")
+def grid(tiny_checkpoint, tmp_path_factory):
     """Two configurations that run for a second or two."""
+    tiny_config = write_tiny_config(tiny_checkpoint, write_tiny_data(tmp_path_factory.mktemp("grid")))
     text = tiny_config.read_text().replace("rank = 4", "rank = [2, 4]").replace("epochs = 4", "epochs = 1")
     text = text.replace("seed = 1", "seed = 0")
     path = tiny_config.with_name("grid.toml")
@@ -32,7 +57,7 @@ def run(grid, tmp_path, **options):
     return make_table(Arguments((grid,), output=tmp_path / "table", **options))
 
 
-def test_a_finished_table_is_not_run_again(grid, tmp_path, capsys):
+def test_a_finished_table_is_not_run_again(forks, grid, tmp_path, capsys, monkeypatch):
     assert run(grid, tmp_path, seeds=2, jobs=2) == 0
     folder = tmp_path / "table"
     names = ["grid+rank=2-s0", "grid+rank=2-s1", "grid+rank=4-s0", "grid+rank=4-s1"]
@@ -57,6 +82,7 @@ def test_a_finished_table_is_not_run_again(grid, tmp_path, capsys):
 
     before = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/report.json")}
     (folder / "runs" / names[1] / "report.json").unlink()  # as if interrupted
+    monkeypatch.setattr(results, "_CURVES", ())  # drawn once is enough
     capsys.readouterr()
     assert run(grid, tmp_path, seeds=2) == 0
     assert "3 already finished" in capsys.readouterr().out
@@ -64,7 +90,7 @@ def test_a_finished_table_is_not_run_again(grid, tmp_path, capsys):
     assert {path.parent.name for path in after if before[path] != after[path]} == {names[1]}
 
 
-def test_a_failing_run_does_not_stop_the_others(grid, tmp_path, capsys):
+def test_a_failing_run_does_not_stop_the_others(forks, no_curves, grid, tmp_path, capsys):
     (tmp_path / "broken.toml").write_text("[data]\nsource = 'none.csv'\n")
     (tmp_path / "broken2.toml").write_text("[data]\nsource = 'none.csv'\n")
     broken = (tmp_path / "broken.toml", tmp_path / "broken2.toml")
@@ -79,13 +105,13 @@ def test_a_failing_run_does_not_stop_the_others(grid, tmp_path, capsys):
     assert "broken-s0, broken2-s0 failed" in (tmp_path / "table" / "results.html").read_text()
 
 
-def test_results_of_another_grid_are_not_mixed_in(grid, tmp_path):
+def test_results_of_another_grid_are_not_mixed_in(forks, no_curves, grid, tmp_path):
     assert run(grid, tmp_path) == 0
     with pytest.raises(ConfigError, match=r"another grid: grid\+rank=2-s0 has train\.learning_rate = 0\.02, not 0\.5"):
         run(grid, tmp_path, set=("train.learning_rate=0.5",))
 
 
-def test_shards_cover_all_runs(grid, tmp_path, capsys):
+def test_shards_cover_all_runs(forks, no_curves, grid, tmp_path, capsys):
     assert run(grid, tmp_path, seeds=2, shard="2/3") == 0
     assert [path.name for path in (tmp_path / "table" / "runs").iterdir()] == ["grid+rank=2-s1"]
     rows = list(csv.DictReader((tmp_path / "table" / "results.csv").open()))
@@ -111,17 +137,36 @@ def test_invalid_options(grid, tmp_path, options, says):
         run(grid, tmp_path, **options)
 
 
-def test_the_command_line(tiny_config, tmp_path):
-    command = [sys.executable, "-m", "experiments.table", str(tiny_config), "--output", str(tmp_path / "t"), "--set"]
-    command += ["train.epochs=1", "lora.rank=3", "--jobs", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "[1/1] tiny-s1" in done.stdout and "results.csv, .md and .html" in done.stdout
-    bad = subprocess.run([*command, "--shard", "x"], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert bad.returncode == 2 and bad.stderr.startswith("error: --shard x") and bad.stderr.count("\n") == 1
+def test_the_command_line(tiny_config, tmp_path, monkeypatch, capsys):
+    """The module is run as python -m runs it; the run it starts is a process of train.py, pages and all."""
+    command = [
+        str(tiny_config),
+        "--output",
+        str(tmp_path / "t"),
+        "--set",
+        "train.epochs=1",
+        "lora.rank=3",
+        "--jobs",
+        "1",
+    ]
+
+    def code(*more):
+        monkeypatch.setattr(sys, "argv", ["experiments.table", *command, *more])
+        monkeypatch.delitem(sys.modules, "experiments.table", raising=False)
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_module("experiments.table", run_name="__main__", alter_sys=True)
+        return stop.value.code
+
+    assert code() == 0
+    out = capsys.readouterr().out
+    assert "[1/1] tiny-s1" in out and "results.csv, .md and .html" in out
+    assert (tmp_path / "t" / "runs" / "tiny-s1" / "report.html").is_file()
+    assert code("--shard", "x") == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: --shard x") and err.count("\n") == 1
 
 
-def test_curves_of_several_runs_in_one_plot(grid, tmp_path, capsys):
+def test_curves_of_several_runs_in_one_plot(forks, no_curves, grid, tmp_path, capsys):
     assert run(grid, tmp_path) == 0
     runs = sorted((tmp_path / "table" / "runs").iterdir())
     RunFolder(runs[0]).report.unlink()
