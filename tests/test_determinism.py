@@ -1,4 +1,4 @@
-"""The same settings and seed give the same bits, and a fixed run gives the stored numbers."""
+"""The same settings and seed give the same bits; and the numbers of a fixed run are those that are written down."""
 
 import json
 import os
@@ -29,7 +29,7 @@ ALL_OPTIONS = [*OPTIONS, "--train.epochs", "3", "--train.device", "cpu"]
 
 @pytest.fixture
 def restored():
-    """Undo `use_determinism` after the test."""
+    """What use_determinism sets is taken back."""
     before = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     yield
     torch.use_deterministic_algorithms(False)
@@ -40,7 +40,7 @@ def restored():
 
 
 @pytest.mark.parametrize("name", ["without dropout", "with dropout"])
-def test_the_golden_run_gives_the_stored_numbers(name):
+def test_the_golden_run_has_the_numbers_written_down(name):
     expected = json.loads(golden.FILE.read_text())[name]
     found = golden.run(0.125 if name == "with dropout" else 0.0)
     assert found.keys() == expected.keys()
@@ -48,11 +48,11 @@ def test_the_golden_run_gives_the_stored_numbers(name):
         ours, theirs = torch.tensor(found[key], dtype=torch.float64), torch.tensor(values, dtype=torch.float64)
         assert ours.shape == theirs.shape and theirs.isfinite().all()
         deviation = ((ours - theirs).abs().max() / theirs.abs().max()).item()
-        assert deviation <= 1e-12, f"{name}, {key}: off by {deviation:.1e}; if intended, run python -m tests.golden"
+        assert deviation <= 1e-12, f"{name}, {key}: off by {deviation:.1e}; meant? python -m tests.golden writes anew"
 
 
 def test_the_golden_run_trains():
-    """Constant numbers would prove nothing."""
+    """Numbers that do not move would prove nothing."""
     for one in json.loads(golden.FILE.read_text()).values():
         assert np.mean(one["losses"][-10:]) < 0.8 * np.mean(one["losses"][:10])
     start = golden.model_of(0.0)
@@ -65,8 +65,9 @@ def command(tiny_config, folder):
     return [str(tiny_config), *ALL_OPTIONS, "--output", str(folder)]
 
 
-def test_a_run_has_the_same_bits_in_another_process(tiny_config, tmp_path):
-    """Another process has other addresses, another order of sets and other numbers of threads."""
+def test_a_run_has_the_same_bits_in_another_process(tiny_config, tmp_path, monkeypatch):
+    """Another process has other addresses, another order of sets, other threads for loading and tokenizing."""
+    monkeypatch.setattr("training.recorder.write_pages", lambda folder: None)
     assert train(parse_command_line(command(tiny_config, tmp_path / "here"))) == 0
     code = (
         "import sys, torch\n"
@@ -93,7 +94,7 @@ def test_a_run_has_the_same_bits_in_another_process(tiny_config, tmp_path):
 
 
 def test_another_seed_gives_other_bits(tiny_config, tmp_path, monkeypatch):
-    """The comparison above can fail."""
+    """So that the comparison above can fail."""
     monkeypatch.setattr("training.recorder.write_pages", lambda folder: None)
     short = ["--train.epochs", "1"]
     for folder, seed in (("a", "1"), ("b", "2")):
@@ -134,7 +135,7 @@ def test_deterministic_switches_torch_and_cublas(restored, monkeypatch):
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     use_determinism(False)
     assert not torch.are_deterministic_algorithms_enabled()
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # also deterministic, and chosen by the user
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # the smaller one is repeatable too, and the user's choice
     use_determinism(True)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
@@ -143,7 +144,7 @@ def test_deterministic_switches_torch_and_cublas(restored, monkeypatch):
 
 
 def test_a_deterministic_run_on_a_cpu_is_the_same_run(tiny_config, tmp_path, monkeypatch, restored):
-    """Every operation of a run has a deterministic kernel, otherwise torch would raise; nothing else changes."""
+    """Every operation of a run has a repeatable form, or torch would have raised; and nothing else changes."""
     monkeypatch.setattr("training.recorder.write_pages", lambda folder: None)
     asked = []
     monkeypatch.setattr(

@@ -1,8 +1,9 @@
 """Exact resume: a run killed anywhere and resumed ends with the bits of a run never interrupted.
 
 The runs here have everything on that could make a difference: dropout, EDA, accumulation, a short last batch, early
-stopping. They are short: 5 steps in each of 3 epochs, of which the last brings nothing better. A killed run is a real process, a fork of this one, that gets SIGKILL before its k-th event: an optimizer
-step, a batch of an evaluation, a logged line, a flush or a rename of a file.
+stopping. They are short: 5 steps in each of 3 epochs, of which the last brings nothing better. A killed run is a real
+process, a fork of this one, that gets SIGKILL before its k-th event: an optimizer step, a batch of an evaluation, a
+logged line, a flush or a rename of a file.
 """
 
 import copy
