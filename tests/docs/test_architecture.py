@@ -1,16 +1,23 @@
 """docs/architecture.md: imports follow its arrows; its diffs apply to the code and do what the page says."""
 
 import ast
+import gc
+import os
 import re
 import shutil
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.forked import end_if_stuck, fail_if_stuck
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("lora", "roberta", "data", "tests/parity/oracle.py")
+OURS = {"lora", "roberta", "data", "tests", "training", "cpu", "train", "evaluate", "experiments", "benchmarks"}
 
 USES = {
     "lora/dora.py": """
@@ -116,9 +123,53 @@ def test_every_diff_is_used():
     assert [sum(f"+++ b/{path}" in diff for diff in diffs()) for path in USES] == [1, 1, 1] and len(diffs()) == 3
 
 
+@pytest.fixture(scope="module")
+def libraries():
+    """What the uses compare with is imported once, and not in every fork."""
+    import peft
+    import transformers
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # a fork has only the thread that made it
+    yield peft, transformers
+    torch.set_num_threads(before)
+
+
+def in_a_fork(folder, code):
+    """Run code in a fork, with this project's modules from `folder` alone: (exit code, what it printed)."""
+    shown = folder / "shown.txt"
+    pid = os.fork()
+    if pid == 0:
+        result = 1
+        try:
+            sys.stdout = sys.stderr = shown.open("w", buffering=1)
+            end_if_stuck()
+            gc.freeze()
+            os.chdir(folder)
+            for name in [name for name in sys.modules if name.split(".")[0] in OURS]:
+                del sys.modules[name]
+            sys.path[:] = [str(folder), *(one for one in sys.path if one and Path(one).resolve() != ROOT)]
+            sys.path_importer_cache.clear()
+            exec(compile(code, "use", "exec"), {"__name__": "__main__"})
+            files = [
+                Path(module.__file__)
+                for name, module in sys.modules.items()
+                if name.split(".")[0] in OURS and getattr(module, "__file__", None)
+            ]
+            assert files and all(file.is_relative_to(folder) for file in files), files
+            result = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(result)
+    _, status = os.waitpid(pid, 0)
+    fail_if_stuck(shown.read_text())
+    return os.waitstatus_to_exitcode(status), shown.read_text()
+
+
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git to apply a diff")
 @pytest.mark.parametrize("path", USES)
-def test_a_diff_applies_and_works(path, tmp_path):
+def test_a_diff_applies_and_works(path, tmp_path, libraries):
     before, after = tmp_path / "before", tmp_path / "after"
     for copy in (before, after):
         for name in COPIED:
@@ -129,11 +180,8 @@ def test_a_diff_applies_and_works(path, tmp_path):
                 shutil.copy(ROOT / name, copy / name)
     (diff,) = (diff for diff in diffs() if f"+++ b/{path}" in diff)
 
-    def run(copy, *command, stdin=None):
-        done = subprocess.run(command, cwd=copy, input=stdin, capture_output=True, text=True)
-        return done.returncode, done.stdout + done.stderr
-
-    assert run(before, sys.executable, "-c", USES[path])[0] != 0, "the code does this without the diff"
-    assert run(after, "git", "apply", "-", stdin=diff) == (0, "")
-    code, shown = run(after, sys.executable, "-c", USES[path])
+    assert in_a_fork(before, USES[path])[0] != 0, "the code does this without the diff"
+    applied = subprocess.run(["git", "apply", "-"], cwd=after, input=diff, capture_output=True, text=True)
+    assert (applied.returncode, applied.stdout + applied.stderr) == (0, "")
+    code, shown = in_a_fork(after, USES[path])
     assert code == 0, shown
