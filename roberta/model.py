@@ -84,7 +84,9 @@ class SelfAttention(nn.Module):
         if dropout == 0 or kernel_has_dropout(query.device):
             context = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask, dropout_p=dropout)
         else:
-            scores = query @ key.transpose(-1, -2)  # (batch, heads, num_queries, seq); the largest tensor, used in place
+            scores = query @ key.transpose(
+                -1, -2
+            )  # (batch, heads, num_queries, seq); the largest tensor, used in place
             scores = scores.div_(math.sqrt(query.shape[-1])).masked_fill_(~key_mask, -math.inf)
             probabilities = torch.softmax(scores, dim=-1)
             context = self.dropout(probabilities) @ value

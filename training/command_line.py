@@ -108,9 +108,9 @@ def parse_options(kind: type[Options], arguments: list[str], *, prog: str, defau
 
 def option_names(kind: Any, prefix: str = "--") -> list[str]:
     """The options of a dataclass and its sections on the command line: --output, --lora.rank, ..."""
-    names = []
-    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
-        option = prefix + name.replace("_", "-")
+    names, hints = [], typing.get_type_hints(kind, include_extras=True)
+    for name in (field.name for field in dataclasses.fields(kind)):
+        hint, option = hints[name], prefix + name.replace("_", "-")
         if dataclasses.is_dataclass(hint):
             names += option_names(hint, f"{option}.")
         elif typing.get_origin(hint) is not Annotated:  # positional
