@@ -3,8 +3,8 @@
     python train.py experiments/quickstart.toml --lora.rank 8
 
 Reading order for a learner: `train_step` (one optimizer step, with everything that mixed precision and accumulation add
-to it), `train_epoch`, then `train` from top to bottom. What surrounds the loop (reading the data, the console,
-checkpoints, signals, the report) is in `training/`, and changes nothing of what is computed.
+to it), `train_epoch`, then `train` from top to bottom. Reading the data, the console, checkpoints, signals and the
+report are in `training/`; of that folder only precision, distributed and setup (seeds, batches) affect the numbers.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ def train_step(
         labels = batch.labels.to(compute.device, non_blocking=True)
         with compute.autocast():
             logits = model(input_ids, attention_mask)  # (batch, labels)
-            # Divided by the texts of all batches, not of this one: a short last batch weighs what its texts weigh.
+            # Divided by the texts of all batches: each text has the same weight, also in a shorter last batch.
             loss = F.cross_entropy(logits, labels, reduction="sum") / texts
         scaler.scale(loss).backward()  # adds to .grad
         step_loss = step_loss + loss.detach()
 
-    step_loss = world.sum_gradients(model.parameters(), step_loss)  # once a step; infs of one process reach all
+    step_loss = world.sum_gradients(model.parameters(), step_loss)  # an overflow in one process makes all skip the step
     scaler.unscale_(optimizer)  # before clipping: the norm is meant for the gradients themselves
     if max_grad_norm > 0:
         torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
@@ -75,7 +75,7 @@ def train_step(
     scaler.update()  # ... and then halves the scale
     optimizer.zero_grad(set_to_none=True)
     if scaler.get_scale() >= scale:
-        schedule.step()  # a skipped step must not use up learning rate
+        schedule.step()  # a skipped step does not advance the schedule
     return step_loss
 
 
@@ -89,8 +89,8 @@ def make_optimizer(
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trainable if decay_bias_and_norm or parameter.ndim > 1]
-    spared = [parameter for parameter in trainable if not decay_bias_and_norm and parameter.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    not_decayed = [parameter for parameter in trainable if not decay_bias_and_norm and parameter.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, fused=True)
 
 
@@ -156,18 +156,15 @@ def is_better(scores: Scores, best: Scores | None) -> bool:
     return best is None or (scores.accuracy, -scores.loss) > (best.accuracy, -best.loss)
 
 
-def stops_early(state: TrainState, patience: int) -> bool:
+def out_of_patience(state: TrainState, patience: int) -> bool:
     """Whether the last `patience` epochs brought no better validation scores; never with a patience of 0."""
-    stops = patience > 0 and state.epoch - 1 - state.best_epoch >= patience
-    if stops:
-        say(f"no better validation accuracy for {patience} epochs: stopping early")
-    return stops
+    return patience > 0 and state.epoch - 1 - state.best_epoch >= patience
 
 
-def save_best(model: nn.Module, inputs: Inputs, recorder: Recorder) -> None:
-    """Write the adapter as it is now into the run folder, with the tokenizer; process 0 does."""
+def save_run_adapter(model: nn.Module, inputs: Inputs, recorder: Recorder) -> None:
+    """Write the adapter as it is now into the run folder, with the tokenizer. Only process 0 writes."""
     if recorder.world.is_main:
-        # A head drawn here is in no checkpoint: it is saved completely, also where it is only partly trained.
+        # A new head is not in the base checkpoint: it is saved completely, also where it is only partly trained.
         also = ("classifier",) if inputs.new_head else ()
         folder = recorder.folder.adapter
         save_adapter(model, folder, base_model=inputs.checkpoint.name, task_type="SEQ_CLS", also=also)
@@ -191,17 +188,20 @@ def train(config: RunConfig, world: World = ALONE) -> int:
     compute.cast_frozen(model.roberta)  # 16-bit runs: frozen weights rounded once, not in every step
     model.to(compute.device)
     if compute.device.type == "cpu":
-        speed_up(model)
+        speed_up(model)  # also replaces each nn.Dropout by cpu.dropout.FastDropout: the same distribution of masks
     train_model = compute.compiled(model, settings.compile)  # the same parameters; only training steps use it
 
     optimizer = make_optimizer(model, settings.learning_rate, settings.weight_decay, settings.decay_bias_and_norm)
     total_steps = settings.epochs * inputs.steps_per_epoch
     schedule = make_schedule(optimizer, total_steps, round(settings.warmup_fraction * total_steps))
     scaler = compute.grad_scaler()
-    state = recorder.start(inputs, compute, model, optimizer, schedule, scaler)  # or where a checkpoint says
+    state = recorder.start(inputs, compute, model, optimizer, schedule, scaler)  # new, or as a checkpoint holds it
 
     with recorder:
-        while state.epoch <= settings.epochs and not stops_early(state, settings.patience):
+        while state.epoch <= settings.epochs:
+            if out_of_patience(state, settings.patience):
+                say(f"no better validation scores for {settings.patience} epochs: stopping early")
+                break
             skip = state.step_of_epoch * settings.accumulation_steps  # trained on before the run was interrupted
             batches = epoch_batches(inputs, config, state.epoch, skip, compute, world)
             recorder.begin_epoch()
@@ -211,15 +211,15 @@ def train(config: RunConfig, world: World = ALONE) -> int:
             validation, _ = evaluate_split(model, inputs, "validation", config, compute, world)
             if is_better(validation, state.best):
                 state.best, state.best_epoch = validation, state.epoch
-                save_best(model, inputs, recorder)
+                save_run_adapter(model, inputs, recorder)
             recorder.end_epoch(validation)
             if recorder.interrupted:
                 break
 
     if recorder.interrupted:
-        if state.best is None:  # within the first epoch: what there is beats nothing
-            save_best(model, inputs, recorder)
-        return recorder.finish(None, None, 0.0)
+        if state.best is None:  # no epoch was completed: the current adapter is better than none
+            save_run_adapter(model, inputs, recorder)
+        return recorder.finish(test=None, logits=None, test_seconds=0.0)
     if world.is_main:
         load_adapter(model, recorder.folder.adapter)  # the best epoch's
     world.copy_from_main(model)

@@ -1,7 +1,7 @@
 """Optimizations for CPUs only.
 
-Without this folder and the call of `speed_up`, the program computes the same with other dropout masks. A program calls
-`speed_up` once its model is built; importing a module of `lora` or `roberta` changes nothing.
+Without this folder and the call of `speed_up`, the program computes the same function with other dropout masks and
+other rounding. A program calls `speed_up` once its model is built; importing `lora` or `roberta` changes nothing.
 """
 
 from torch import nn

@@ -1,4 +1,4 @@
-"""The one seam of the methods: a frozen linear layer and what a method adds to it.
+"""The base class of all methods: a frozen linear layer and the trainable parameters that a method adds to it.
 
 A method of parameter-efficient fine-tuning is one subclass of `Adapter` in one file: its trainable parameters, its
 `forward` and its `merged`. Merging, counting, budgets, files and reports ask the adapters of a model for what they need
@@ -23,7 +23,7 @@ class Adapter(nn.Module):
     method: ClassVar[str]
     """Name of the method, for tables."""
     peft_keys: ClassVar[dict[str, str]]
-    """Each own parameter by name -> the end of its key in peft's file."""
+    """Maps the name of each of the adapter's parameters to the suffix of its key in peft's file."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def settings(self) -> dict[str, float]:
-        """The numbers that make this layer another function than one with the same parameters."""
+        """Numbers that affect the output and are not parameters, such as rank and scaling; compared on loading."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:

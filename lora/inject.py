@@ -29,18 +29,18 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     if adapters(model):
         raise LoRAError("this model carries adapters already; unload them first, or start from a fresh model")
     targets = targeted_linears(model, config)
-    saved = saved_modules(model, config)
+    fully_trained = fully_trained_modules(model, config)
 
     model.requires_grad_(False)  # everything; the adapters' parameters, created below, are trainable
     for name, linear in targets.items():
-        _replace(model, name, config.wrap(linear, name).train(linear.training))
+        _replace(model, name, config.wrap(linear, name).train(linear.training))  # in the mode of the layer
         if config.bias == "lora_only" and linear.bias is not None:
             linear.bias.requires_grad_(True)
     if config.bias == "all":
         for name, parameter in model.named_parameters():
             if name.rpartition(".")[2] == "bias":
                 parameter.requires_grad_(True)
-    for module in saved.values():
+    for module in fully_trained.values():
         module.requires_grad_(True)
     model.adapter_config = config  # type: ignore[assignment]  # nn.Module holds plain attributes too
     return model
@@ -66,7 +66,7 @@ def targeted_linears(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Linea
         raise LoRAError(f"lora: layers_to_transform: no layer {', '.join(map(str, absent))}; the model has {have}")
 
     # The layers of a fully trained module need no update, so they are never targets (peft's rule).
-    fully_trained = tuple(saved_modules(model, config))
+    fully_trained = tuple(fully_trained_modules(model, config))
     candidates = {
         name: module
         for name, module in model.named_modules()
@@ -75,6 +75,7 @@ def targeted_linears(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Linea
     # A regular expression is one target; names are looked up one by one, so that each can be found missing.
     targets = config.target_modules
     found: set[str] = set()
+    # `matches` reads a string as a regular expression, so a plain name is passed as a 1-tuple.
     for target in [targets] if isinstance(targets, str) else [(name,) for name in targets]:
         hits = [name for name in candidates if matches(target, name, layers)]
         shown = repr(target if isinstance(target, str) else target[0])
@@ -90,7 +91,7 @@ def targeted_linears(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Linea
     return {name: linear for name, linear in linears.items() if name in found}
 
 
-def saved_modules(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
+def fully_trained_modules(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     """The modules whose name ends in an entry of `config.modules_to_save`, as in peft."""
     chosen: dict[str, nn.Module] = {}
     for wanted in config.modules_to_save:

@@ -27,7 +27,7 @@ from torch import nn
 from lora.adapter import Adapter
 from lora.config import LoRAConfig, LoRAError
 from lora.files import atomic_write
-from lora.inject import adapters, inject_lora, saved_modules, targeted_linears
+from lora.inject import adapters, fully_trained_modules, inject_lora, targeted_linears
 from lora.targets import matches
 from lora.untrusted import check_settings, non_float_tensors, open_weights, read_json
 
@@ -189,7 +189,7 @@ def _saved_parameters(model: nn.Module, config: LoRAConfig, wrapped: Mapping[str
         for name, adapter in wrapped.items()
         for own, key in adapter.peft_keys.items()
     }
-    fully_trained = tuple(f"{name}." for name in saved_modules(model, config))
+    fully_trained = tuple(f"{name}." for name in fully_trained_modules(model, config))
     for name, parameter in model.named_parameters():
         module, _, own = name.rpartition(".")
         adapted = module.removesuffix(".base") in wrapped

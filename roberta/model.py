@@ -50,7 +50,7 @@ class Embeddings(nn.Module):
 
 
 def kernel_has_dropout(device: torch.device) -> bool:
-    """Whether `scaled_dot_product_attention` has a fused kernel with dropout there; on a CPU it computes the formula.
+    """Whether `scaled_dot_product_attention` has a fused kernel with dropout there, which a CPU lacks.
 
     The proofs replace this function to run either branch on a CPU.
     """
@@ -84,9 +84,7 @@ class SelfAttention(nn.Module):
         if dropout == 0 or kernel_has_dropout(query.device):
             context = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask, dropout_p=dropout)
         else:
-            scores = query @ key.transpose(
-                -1, -2
-            )  # (batch, heads, num_queries, seq); the largest tensor, used in place
+            scores = query @ key.transpose(-1, -2)  # (batch, heads, num_queries, seq), modified in place below
             scores = scores.div_(math.sqrt(query.shape[-1])).masked_fill_(~key_mask, -math.inf)
             probabilities = torch.softmax(scores, dim=-1)
             context = self.dropout(probabilities) @ value

@@ -128,7 +128,7 @@ class Recorder:
         self._signal = number
         if not self.world.signals_may_repeat:
             signal.signal(number, self._handlers[signal.Signals(number)])  # a second one stops immediately
-            say("stopping after this step, with a checkpoint; press Ctrl-C again to stop now")
+            say("stopping after the current step or validation, with a checkpoint; press Ctrl-C again to stop now")
 
     def begin_epoch(self) -> None:
         """Start timing the epoch once every process has its batches."""
@@ -224,7 +224,7 @@ class Recorder:
             say(f"\ninterrupted in epoch {epoch} after step {state.step}; the adapter is in {folder.adapter}")
             say(f"resume:  the same command with --resume, or {this_python()} train.py {folder.config} --resume")
         else:
-            say(f"\nbest epoch {state.best_epoch} by validation accuracy; on the test split:\n")
+            say(f"\nbest epoch {state.best_epoch} by validation accuracy, ties by loss; on the test split:\n")
             say(f"{test.table()}\n\n{test.summary()}")
         say(
             f"wall time {minutes(report['seconds'])} (training {minutes(state.train_seconds)})   "
