@@ -56,9 +56,7 @@ class LoRALinear(Adapter):
         if self.is_merged:
             return y
         x_A = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., r)
-        return y + F.linear(
-            self.scaling * x_A, self.lora_B.to(x.dtype)
-        )  # scaling (..., r) is cheaper than scaling (..., out)
+        return y + F.linear(self.scaling * x_A, self.lora_B.to(x.dtype))  # scaling (..., r) is cheapest
 
     def delta_weight(self) -> Tensor:
         """The update as a matrix: scaling * B A, (out, in)."""
