@@ -194,7 +194,7 @@ class Forked:
 
 
 def outcome(folder: Path) -> tuple[dict, list[dict], bytes]:
-    """All that a run leaves behind, but for times, memory and the name of its folder."""
+    """Everything that a run leaves behind, except times, memory and the name of its folder."""
     report = json.loads((folder / "report.json").read_text())
     for name in ("train_seconds", "seconds", "peak_memory_bytes", "test_texts_per_second"):
         del report[name]

@@ -20,7 +20,7 @@ def synonym_sets(database: Path) -> set[tuple[str, ...]]:
     found = set()
     for part in _PARTS_OF_SPEECH:
         for line in (database / f"data.{part}").read_text(encoding="ascii").splitlines()[_LICENSE_LINES:]:
-            # offset, file, type, number of words in hexadecimal, then word and lexical id by turns; "fast(a)" is
+            # offset, file, type, number of words in hexadecimal, then word and lexical id alternating; "fast(a)" is
             # an adjective with its place in the sentence.
             fields = line.split()
             words = (fields[4 + 2 * i].partition("(")[0] for i in range(int(fields[3], 16)))

@@ -179,7 +179,7 @@ TROUBLE = {
     "redirect": ["redirect"],
     "busy": [429, 429],
     "failing": [500, 503],
-    "listless": [500, 429],  # not for a file, but for the list of files
+    "listless": [500, 429],  # for the list of files, not for a file
     "always-busy": [429] * 1000,
     "always-failing": [500] * 1000,
     "absent": [404] * 1000,

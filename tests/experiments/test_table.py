@@ -1,7 +1,7 @@
 """The table: each configuration runs once, finished runs are skipped, failures are listed, the files are right.
 
-The runs of a table are processes. Here they are forks of this one, which start in no time and draw nothing, but for
-that of the command line.
+The runs of a table are processes. Here they are forks of this one, which start at once and draw nothing, except in the
+test of the command line.
 """
 
 import csv

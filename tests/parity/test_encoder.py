@@ -128,7 +128,7 @@ def test_dropout_draws_the_same_masks_in_the_same_places(tmp_path, attention, pr
     )
     assert_close(hidden_states, expected, what="hidden states")
     for name, gradient in gradients.items():
-        if not name.endswith("key.bias"):  # cancels in the softmax but for rounding
+        if not name.endswith("key.bias"):  # cancels in the softmax: its gradient is rounding alone
             assert_close(gradient, their_gradients[name], what=name)
     states = torch.randn(4, 7, 24, dtype=torch.float64)
     torch.manual_seed(4)
