@@ -15,7 +15,6 @@ from collections.abc import Iterable
 from itertools import islice
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cpu import speed_up
@@ -30,7 +29,7 @@ from training.distributed import ALONE, World, join
 from training.precision import Compute
 from training.progress import say
 from training.recorder import Recorder
-from training.scoring import Scores, predict, score
+from training.scoring import Scores, predict, score, text_losses
 from training.setup import Inputs, epoch_batches, load_inputs, set_up_process
 
 
@@ -46,23 +45,25 @@ def train_step(
 ) -> Tensor:
     """One optimizer step on `batches`, which count as one large batch (gradient accumulation).
 
-        loss = (1 / n) sum over all n texts of cross-entropy(logits, label)
+        loss = sum over all texts of w L(logits, labels) / sum over all texts of w
 
-    Returns that loss in nats, a scalar still on the device: reading it is the caller's decision, as it makes a GPU
-    wait. With fp16 a step whose gradients overflow changes nothing but the loss scale (Micikevicius et al. 2018).
+    L is the text's loss (`text_losses`), w its weight: 1, or that of its class (train.class_weights). Returns that loss
+    in nats, a scalar still on the device: reading it is the caller's decision, as it makes a GPU wait. With fp16 a step
+    whose gradients overflow changes nothing but the loss scale (Micikevicius et al. 2018).
     `max_grad_norm` = 0 leaves the gradients as they are.
-    Of several processes each holds some of the n texts, and all make the same step.
+    Of several processes each holds some of the texts, and all make the same step.
     """
-    texts = sum(len(batch.labels) + batch.num_remote for batch in batches)
+    total_weight = sum(batch.total_weight for batch in batches)  # over all processes; the number of texts if w = 1
     step_loss = torch.zeros((), device=compute.device)
     for batch in batches:
         input_ids = batch.input_ids.to(compute.device, non_blocking=True)
         attention_mask = batch.attention_mask.to(compute.device, non_blocking=True)
         labels = batch.labels.to(compute.device, non_blocking=True)
         with compute.autocast():
-            logits = model(input_ids, attention_mask)  # (batch, labels)
-            # Divided by the texts of all batches: each text has the same weight, also in a shorter last batch.
-            loss = F.cross_entropy(logits, labels, reduction="sum") / texts
+            logits = model(input_ids, attention_mask)  # (batch, classes)
+            losses = text_losses(logits, labels)  # (batch,)
+            # Divided by the weights of all batches: each text counts as in one large batch, also in a shorter last one.
+            loss = (batch.weights.to(losses, non_blocking=True) * losses).sum() / total_weight
         scaler.scale(loss).backward()  # adds to .grad
         step_loss = step_loss + loss.detach()
 
@@ -152,8 +153,8 @@ def evaluate_split(
 
 
 def is_better(scores: Scores, best: Scores | None) -> bool:
-    """Whether the validation accuracy is higher than the best so far, or as high with a lower loss."""
-    return best is None or (scores.accuracy, -scores.loss) > (best.accuracy, -best.loss)
+    """Whether the accuracy (multi-label: micro F1) is higher than the best so far, or as high with a lower loss."""
+    return best is None or (scores.deciding, -scores.loss) > (best.deciding, -best.loss)
 
 
 def out_of_patience(state: TrainState, patience: int) -> bool:

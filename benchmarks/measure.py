@@ -61,7 +61,8 @@ def random_batch(config: RobertaConfig, rows: int, length: int, device: torch.de
     """Random ids without padding, so that both sides do the same work."""
     ids = torch.randint(5, config.vocab_size, (rows, length), device=device)
     labels = torch.randint(0, config.num_labels, (rows,), device=device)
-    return Batch(ids, torch.ones_like(ids, dtype=torch.bool), labels, torch.arange(rows), rows * length)
+    mask, weights = torch.ones_like(ids, dtype=torch.bool), torch.ones(rows, device=device)
+    return Batch(ids, mask, labels, weights, torch.arange(rows), rows * length, rows)
 
 
 def ag_news(directory: Path, rows: int) -> Split:

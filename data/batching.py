@@ -29,9 +29,6 @@ _BATCHES_PER_BUCKET = 50
 # longer than the few tokens of padding do (docs/performance.md).
 WIDTH_MULTIPLE = 4
 
-NO_LABEL = -100
-"""The label that `cross_entropy` ignores."""
-
 Padding = Literal["longest", "max_length"]
 
 
@@ -54,11 +51,13 @@ class EncodedSplit:
     offsets: np.ndarray
     """(texts + 1,) int64, from 0."""
     labels: np.ndarray
-    """(texts,) int64."""
+    """(texts,) int64: the class; multi-label, (texts, classes) int64: 1 for each class of the text, else 0."""
     max_length: int
     """Length in tokens to which longer texts were truncated."""
     truncated: int
     """Number of truncated texts."""
+    weights: np.ndarray | None = None
+    """(texts,) float64: weight of each text in the training loss; None for 1 each."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -75,18 +74,20 @@ class Batch:
     attention_mask: Tensor
     """(batch, seq) bool, true at real tokens."""
     labels: Tensor
-    """(batch,) int64."""
+    """(batch,) int64, or (batch, classes) int64 of 0 and 1."""
+    weights: Tensor
+    """(batch,) float64: weight of each text in the loss; 0 for a text that only fills an empty share."""
     indices: Tensor
     """(batch,) int64: rows of the split."""
     tokens: int
     """Number of real tokens of the batch, over all processes; on the CPU, so that reading it synchronizes nothing."""
-    num_remote: int = 0
-    """Number of texts of the batch that other processes hold."""
+    total_weight: float
+    """Sum of the weights of the batch, over all processes."""
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from which a GPU copies asynchronously."""
-        tensors = (self.input_ids, self.attention_mask, self.labels, self.indices)
-        return Batch(*(tensor.pin_memory() for tensor in tensors), self.tokens, self.num_remote)
+        tensors = (self.input_ids, self.attention_mask, self.labels, self.weights, self.indices)
+        return Batch(*(tensor.pin_memory() for tensor in tensors), self.tokens, self.total_weight)
 
 
 def encode_split(split: Split, tokenizer: Tokenizer, description: str = "tokenizing") -> EncodedSplit:
@@ -138,14 +139,15 @@ def collate(
 
     The width is rounded up to a multiple of `multiple_of` tokens, but not beyond `max_length`. With several processes,
     each holds its `share` of the rows. A process whose share is empty, because the batch has fewer rows than there are
-    processes, holds the first row with the label NO_LABEL: its loss and its gradients are 0.
+    processes, holds the first row with the weight 0: its loss and its gradients are 0.
     """
-    texts, tokens = len(rows), int(split.lengths[rows].sum())
+    tokens = int(split.lengths[rows].sum())
+    weights = np.ones(len(rows)) if split.weights is None else split.weights[rows]
+    total_weight = float(weights.sum())  # every process makes every batch, so it knows the weights of all its texts
     if len(rows[share]):
-        rows = rows[share]
-        labels = split.labels[rows]
+        rows, weights = rows[share], weights[share]
     else:
-        rows, labels = rows[:1], np.array([NO_LABEL])
+        rows, weights = rows[:1], np.zeros(1)
     lengths = split.lengths[rows]
     longest = -(-int(lengths.max()) // multiple_of) * multiple_of
     width = split.max_length if padding == "max_length" else min(longest, split.max_length)
@@ -155,10 +157,11 @@ def collate(
     return Batch(
         input_ids=torch.from_numpy(ids),
         attention_mask=torch.from_numpy(mask),
-        labels=torch.from_numpy(labels),
+        labels=torch.from_numpy(split.labels[rows]),
+        weights=torch.from_numpy(weights),
         indices=torch.from_numpy(rows.astype(np.int64)),
         tokens=tokens,
-        num_remote=texts - len(rows),
+        total_weight=total_weight,
     )
 
 

@@ -79,7 +79,8 @@ class Split:
     """Texts and their label numbers."""
 
     texts: list[str]
-    labels: list[int]
+    labels: list[int] | list[tuple[int, ...]]
+    """Number of each text's class; multi-label, 1 for each class that the text has, else 0."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,11 @@ class LabelledText:
     label_names: tuple[str, ...]
     origin: str
     """Where it came from, for display."""
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a text has any number of classes."""
+        return isinstance(self.train.labels[0], tuple)
 
     @property
     def fingerprint(self) -> str:

@@ -52,6 +52,8 @@ class RobertaConfig:
     initializer_range: float = 0.02
     """Standard deviation of the normal distribution that a new head is drawn from."""
     label_names: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+    problem_type: str = "single_label_classification"
+    """Each text has one class (softmax); or "multi_label_classification", any number of classes (a sigmoid each)."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -63,6 +65,11 @@ class RobertaConfig:
                     raise CheckpointError(f"{field.name} is {value!r}, it must be a small number, 0 or more")
                 if field.name.endswith(("dropout", "dropout_prob")) and value >= 1:
                     raise CheckpointError(f"{field.name} is {value!r}, it is a probability in [0, 1)")
+        if self.problem_type not in ("single_label_classification", "multi_label_classification"):
+            raise CheckpointError(
+                f"problem_type is {self.problem_type!r}; only single_label_classification and "
+                "multi_label_classification are supported"
+            )
         if self.hidden_size % self.num_attention_heads:
             raise CheckpointError(
                 f"hidden_size {self.hidden_size} can't be divided into {self.num_attention_heads} equal attention heads"
@@ -81,6 +88,11 @@ class RobertaConfig:
     def num_labels(self) -> int:
         """Number of classes."""
         return len(self.label_names)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a text may have any number of the classes."""
+        return self.problem_type == "multi_label_classification"
 
     @property
     def max_length(self) -> int:

@@ -38,7 +38,7 @@ def test_forward_backward_and_step_create_nothing_on_the_cpu(dropout):
     schedule = make_schedule(optimizer, 10, 0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     ids = torch.zeros(3, 5, dtype=torch.int64)  # batches come from the CPU
-    batch = Batch(ids, ids.bool(), torch.zeros(3, dtype=torch.int64), torch.arange(3), tokens=15)
+    batch = Batch(ids, ids.bool(), torch.zeros(3, dtype=torch.int64), torch.ones(3), torch.arange(3), 15, 3.0)
     gradients = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -19,7 +19,7 @@ import train as train_module
 from lora.linear import LoRALinear
 from lora.peft_format import load_adapter
 from roberta.tokenizer import TextTokenizer
-from tests.conftest import tiny_tokenizer
+from tests.conftest import tiny_rows, tiny_tokenizer
 from train import make_optimizer, train
 from training import recorder, scoring, setup
 from training.command_line import EXIT_BAD_INPUT, EXIT_INTERRUPTED, run_command
@@ -361,6 +361,25 @@ def test_eda_makes_new_training_texts_every_epoch_and_none_elsewhere(run, tiny_c
     options = ("--data.augmentation.n-aug", 2, "--data.augmentation.no-fresh", "--train.epochs", 2, "--overwrite")
     assert run(tiny_config, *options)[0] == 0
     assert seen[-1] == seen[-2] and len(seen) == 5
+
+
+def test_balanced_class_weights_count_each_class_alike(run, tiny_config, tiny_data, monkeypatch):
+    rows = [row for row in tiny_rows(96) if row[0] == "sports"] + tiny_rows(24, seed=3)
+    (tiny_data / "train.csv").write_text("label,text\n" + "\n".join(",".join(row) for row in rows) + "\n")
+    real_step, seen = train_module.train_step, []
+
+    def step(model, batches, *rest):
+        seen.extend(batches)
+        return real_step(model, batches, *rest)
+
+    monkeypatch.setattr(train_module, "train_step", step)
+    options = ("--train.class-weights", "balanced", "--train.epochs", 1, "--data.augmentation.n-aug", 1)
+    assert run(tiny_config, *options)[0] == 0
+    labels, weights = (torch.cat([getattr(batch, name) for batch in seen]).numpy() for name in ("labels", "weights"))
+    count = np.bincount(labels)
+    assert count[1] > 3 * count[0]
+    assert weights == pytest.approx(len(labels) / (2 * count)[labels])
+    assert [batch.total_weight for batch in seen] == pytest.approx([batch.weights.sum().item() for batch in seen])
 
 
 def test_eda_on_another_script_is_refused(run, tiny_config, tiny_data):

@@ -50,7 +50,7 @@ class TrainConfig:
     epochs: int = 20
     """Maximum number of passes over the training split."""
     patience: int = 3
-    """Stop after this many epochs without a better validation accuracy; 0 never stops early."""
+    """Stop after this many epochs without a better validation accuracy (multi-label: micro F1); 0 never stops early."""
     batch_size: int = 32
     """Texts in one forward pass."""
     accumulation_steps: int = 1
@@ -67,6 +67,8 @@ class TrainConfig:
     """Whether biases and LayerNorm weights decay too."""
     max_grad_norm: float = 1.0
     """Clip gradients to this norm; 0 does not clip."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """Weight of each text in the training loss: balanced is n / (k n_c), for n texts, k classes, n_c of its class."""
     max_trainable: int | None = None
     """Refuse to train more parameters than this."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"

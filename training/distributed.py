@@ -7,8 +7,9 @@ The loss of a step is a sum over its n texts, and so is its gradient:
     g = (1 / n) sum over k of g_k,   g_k the gradient of the texts of process k
 
 Every process makes the same batches from the same seed, takes rows k, k + N, k + 2N, ... of each, and divides by the
-total n. The sum over processes is then the gradient of a single process, up to rounding, also where shares differ in
-size; clipping, loss scaling and AdamW see the same numbers everywhere, and the weights stay equal without being sent.
+total n (with class weights, by the sum of all weights, and g_k is weighted). The sum over processes is then the
+gradient of a single process, up to rounding, also where shares differ in size; clipping, loss scaling and AdamW see the
+same numbers everywhere, and the weights stay equal without being sent.
 Only trainable parameters are communicated, 4 bytes each.
 
 `DistributedDataParallel` takes the mean over processes instead, which is another number where their shares differ, and

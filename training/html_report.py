@@ -51,7 +51,9 @@ def _facts(report: dict[str, Any]) -> dict[str, str]:
     """Names and values at the top of the page."""
     facts = {}
     if test := report["test"]:
-        facts["test accuracy"] = f"{100 * test['accuracy']:.2f} %"
+        micro = test.get("micro")  # of multi-label alone
+        facts["test exact match" if micro else "test accuracy"] = f"{100 * test['accuracy']:.2f} %"
+        facts |= {"micro F1": f"{micro['f1']:.3f}"} if micro else {}
         facts |= {f"macro {name}": f"{test[name.lower()]:.3f}" for name in ("precision", "recall", "F1")}
     trainable, total = report["trainable_parameters"], report["total_parameters"]
     return facts | {

@@ -27,8 +27,10 @@ def write_model_card(folder: RunFolder) -> None:
         "LoRA": f"rank {lora['rank']}, alpha {lora['alpha']:g}, on {targets}, {where}",
         "trained parameters": f"{report['trainable_parameters']:,} of {report['total_parameters']:,}",
     }
+    multi_label = report.get("problem_type") == "multi_label_classification"
     if test:
-        facts["test accuracy"] = f"{100 * test['accuracy']:.2f} %"
+        facts["test exact match" if multi_label else "test accuracy"] = f"{100 * test['accuracy']:.2f} %"
+        facts |= {"micro F1": f"{test['micro']['f1']:.3f}"} if multi_label else {}
         facts["macro precision, recall, F1"] = f"{test['precision']:.3f}, {test['recall']:.3f}, {test['f1']:.3f}"
     facts["training"] = f"{report['epochs_run']} epochs in {minutes(report['train_seconds'])} on {report['device']}"
     write_page(
@@ -40,6 +42,7 @@ def write_model_card(folder: RunFolder) -> None:
         base=base,
         model_type=report["origins"]["model_type"],
         labels=report["label_names"],
+        multi_label=multi_label,
         facts=facts,
         test=test,
         best_epoch=report["best_epoch"],

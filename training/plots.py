@@ -74,7 +74,7 @@ def panels_of(run: Curves) -> dict[str, tuple[Draw, tuple[float, float]]]:
         panels["learning_rate"] = lambda axes: draw_metric(axes, [run], "learning_rate"), wide
     if run.validations:
         panels["scores"] = lambda axes: _scores(axes, run), wide
-    if report and report["test"]:
+    if report and report["test"] and report["test"]["confusion"]:  # multi-label has none
         side = max(4.2, 2.3 + 0.32 * len(report["label_names"]))
         panels["confusion"] = lambda axes: _confusion(axes, report), (side + 0.7, side)
     return panels
@@ -145,8 +145,9 @@ def _losses(axes: Axes, run: Curves) -> None:
 
 def _scores(axes: Axes, run: Curves) -> None:
     epochs = [line["epoch"] for line in run.validations]
-    for i, name in enumerate(("accuracy", "precision", "recall", "f1")):
-        label = name if name == "accuracy" else f"macro {'F1' if name == 'f1' else name}"
+    labels = {"accuracy": "accuracy", "precision": "macro precision", "recall": "macro recall", "f1": "macro F1"}
+    labels |= {"micro_f1": "micro F1"} if "micro_f1" in run.validations[0] else {}  # of multi-label alone
+    for i, (name, label) in enumerate(labels.items()):
         values = [100 * line[name] for line in run.validations]
         axes.plot(epochs, values, color=PALETTE[i], marker=_MARKERS[i], markersize=5, label=label)
     axes.set_ylabel("validation score (%)")

@@ -176,12 +176,13 @@ class Recorder:
         """Log the validation scores of the epoch, count it, save a checkpoint."""
         state = self.state
         scores = {name: getattr(validation, name) for name in ("loss", "accuracy", "precision", "recall", "f1")}
+        scores |= {f"micro_{name}": value for name, value in (validation.micro or {}).items()}
         self.folder.log(step=state.step, epoch=state.epoch, split="validation", **scores)
         mark = "  (best so far)" if state.best_epoch == state.epoch else ""
         say(
             f"epoch {state.epoch:>2}/{self.config.train.epochs}  "
             f"train loss {state.epoch_loss / state.epoch_steps:.4f}  validation loss {validation.loss:.4f}  "
-            f"accuracy {100 * validation.accuracy:.2f} %  macro F1 {validation.f1:.3f}{mark}"
+            f"{validation.headline()}  macro F1 {validation.f1:.3f}{mark}"
         )
         state.epoch, state.step_of_epoch = state.epoch + 1, 0
         state.epoch_loss, state.epoch_steps = 0.0, 0
@@ -224,7 +225,8 @@ class Recorder:
             say(f"\ninterrupted in epoch {epoch} after step {state.step}; the adapter is in {folder.adapter}")
             say(f"resume:  the same command with --resume, or {this_python()} train.py {folder.config} --resume")
         else:
-            say(f"\nbest epoch {state.best_epoch} by validation accuracy, ties by loss; on the test split:\n")
+            deciding = "accuracy" if test.micro is None else "micro F1"
+            say(f"\nbest epoch {state.best_epoch} by validation {deciding}, ties by loss; on the test split:\n")
             say(f"{test.table()}\n\n{test.summary()}")
         say(
             f"wall time {minutes(report['seconds'])} (training {minutes(state.train_seconds)})   "

@@ -1,8 +1,12 @@
-"""Logits of a model for every text of a split, and the scores computed from them."""
+"""The loss of each text; logits of a model for every text of a split, and the scores computed from them.
+
+Labels are class numbers (texts,), of which each text has one; or, multi-label, a matrix (texts, classes) that holds 1
+for each class of the text, else 0.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +18,29 @@ from torch import nn
 from data.batching import Batch
 from training.errors import ConfigError
 from training.precision import Compute
+
+
+def text_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Loss of each text in nats, (texts,), from logits (texts, classes).
+
+    One class: -log softmax(logits)[label]. Multi-label: the mean over the classes of -log sigmoid(logit) for a class
+    that the text has, of -log(1 - sigmoid(logit)) for one that it has not.
+    """
+    if labels.ndim == 1:
+        return F.cross_entropy(logits, labels, reduction="none")
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(dim=1)
+
+
+def predicted_labels(logits: torch.Tensor, multi_label: bool) -> np.ndarray:
+    """The most likely class of each text; multi-label, 1 for each class with a probability above 0.5, else 0."""
+    return (logits > 0).long().numpy() if multi_label else logits.argmax(dim=1).numpy()
+
+
+def class_names(labels: np.ndarray, names: Sequence[str], separator: str) -> list[str]:
+    """The name of each text's class; multi-label, the names of its classes, joined by `separator`."""
+    if labels.ndim == 1:
+        return [names[label] for label in labels]
+    return [separator.join(names[i] for i in np.flatnonzero(row)) for row in labels]
 
 
 @torch.no_grad()
@@ -48,20 +75,33 @@ class Scores:
     """Scores of a split; precision, recall and F1 are macro averages: every class has the same weight."""
 
     loss: float
-    """Mean cross-entropy in nats."""
+    """Mean of `text_losses`, without class weights."""
     accuracy: float
+    """Share of the texts that got exactly their class or, multi-label, all their classes and no other."""
     precision: float
     recall: float
     f1: float
     per_class: dict[str, dict[str, float]]
     """precision, recall, f1 and support (number of texts) of each class by name."""
     confusion: list[list[int]]
-    """Texts of class i (row) predicted as class j (column)."""
+    """Texts of class i (row) predicted as class j (column); empty for multi-label, where a text has several."""
+    micro: dict[str, float] | None = None
+    """precision, recall and f1 of all decisions together; None for one class per text: all equal the accuracy."""
+
+    @property
+    def deciding(self) -> float:
+        """The score that decides which epoch is best: the accuracy; multi-label, micro F1."""
+        return self.accuracy if self.micro is None else self.micro["f1"]
+
+    def headline(self) -> str:
+        """Accuracy; multi-label, what it means, and micro F1."""
+        share = f"{100 * self.accuracy:.2f} %"
+        return f"accuracy {share}" if self.micro is None else f"exact match {share}  micro F1 {self.micro['f1']:.3f}"
 
     def summary(self) -> str:
         """The averages on one line."""
         return (
-            f"test accuracy {100 * self.accuracy:.2f} %   macro precision {self.precision:.3f}   "
+            f"test {self.headline()}   macro precision {self.precision:.3f}   "
             f"recall {self.recall:.3f}   F1 {self.f1:.3f}   loss {self.loss:.4f}"
         )
 
@@ -71,26 +111,31 @@ class Scores:
         lines = [f"{'class':<{width}}  precision  recall     f1   texts"]
         rows: list[tuple[str, dict[str, Any]]] = list(self.per_class.items())
         support = sum(row["support"] for _, row in rows)
-        total = {"precision": self.precision, "recall": self.recall, "f1": self.f1, "support": support}
-        for name, row in [*rows, ("macro average", total)]:
+        averages = {"macro": {"precision": self.precision, "recall": self.recall, "f1": self.f1}}
+        averages |= {"micro": self.micro} if self.micro else {}
+        rows += [(f"{name} average", row | {"support": support}) for name, row in averages.items()]
+        for name, row in rows:
             numbers = f"{row['precision']:>9.3f}  {row['recall']:>6.3f}  {row['f1']:>5.3f}  {row['support']:>6,}"
             lines.append(f"{name:<{width}}  {numbers}")
         return "\n".join(lines)
 
 
 def score(logits: torch.Tensor, labels: np.ndarray, label_names: tuple[str, ...]) -> Scores:
-    """Scores of logits (rows, labels) against the true labels (rows,). A class never predicted has precision 0."""
+    """Scores of logits (rows, classes) against the true labels. A class never predicted has precision 0."""
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support  # slow to import
 
-    predicted = logits.argmax(dim=1).numpy()
+    multi_label = labels.ndim == 2
+    predicted = predicted_labels(logits, multi_label)
+    right = predicted == labels
     classes = list(range(len(label_names)))
     by_class = precision_recall_fscore_support(labels, predicted, labels=classes, zero_division=0.0)
     precision, recall, f1, support = by_class
+    micro = precision_recall_fscore_support(labels, predicted, average="micro", zero_division=0.0)[:3]
     # Classes without texts in the split would count as zeros in the averages.
-    present = support > 0
+    present = support > 0 if support.any() else np.ones(len(classes), bool)  # multi-label: maybe no text has a class
     return Scores(
-        loss=F.cross_entropy(logits.double(), torch.as_tensor(labels)).item(),
-        accuracy=float((predicted == labels).mean()),
+        loss=text_losses(logits.double(), torch.as_tensor(labels)).mean().item(),
+        accuracy=float((right.all(axis=1) if multi_label else right).mean()),
         precision=float(precision[present].mean()),
         recall=float(recall[present].mean()),
         f1=float(f1[present].mean()),
@@ -98,23 +143,30 @@ def score(logits: torch.Tensor, labels: np.ndarray, label_names: tuple[str, ...]
             name: {"precision": p, "recall": r, "f1": f, "support": s}
             for name, p, r, f, s in zip(label_names, *(scores.tolist() for scores in by_class), strict=True)
         },
-        confusion=confusion_matrix(labels, predicted, labels=classes).tolist(),
+        confusion=[] if multi_label else confusion_matrix(labels, predicted, labels=classes).tolist(),
+        micro=dict(zip(("precision", "recall", "f1"), map(float, micro), strict=True)) if multi_label else None,
     )
 
 
 def confident_mistakes(
     logits: torch.Tensor, labels: np.ndarray, texts: list[str], label_names: tuple[str, ...], number: int = 20
 ) -> list[dict[str, Any]]:
-    """The `number` misclassified texts with the highest predicted probability, in descending order."""
-    probability, predicted = torch.softmax(logits, dim=1).max(dim=1)
-    wrong = np.flatnonzero(predicted.numpy() != labels)
-    worst = wrong[np.argsort(-probability.numpy()[wrong], kind="stable")][:number]
+    """The `number` misclassified texts with the highest predicted probability, in descending order.
+
+    Multi-label: the probability of the most certain of a text's wrong decisions, for a class or against it.
+    """
+    multi_label = labels.ndim == 2
+    predicted = predicted_labels(logits, multi_label)
+    wrong = predicted != labels
+    if multi_label:
+        certainty = torch.sigmoid(logits.abs()).where(torch.from_numpy(wrong), 0.0).amax(dim=1).numpy()
+        wrong = wrong.any(axis=1)
+    else:
+        certainty = torch.softmax(logits, dim=1).amax(dim=1).numpy()
+    worst = np.flatnonzero(wrong)
+    worst = worst[np.argsort(-certainty[worst], kind="stable")][:number]
+    true, predicted = (class_names(each[worst], label_names, ", ") for each in (labels, predicted))
     return [
-        {
-            "text": texts[row],
-            "true": label_names[labels[row]],
-            "predicted": label_names[int(predicted[row])],
-            "probability": float(probability[row]),
-        }
-        for row in worst
+        {"text": texts[row], "true": name, "predicted": other, "probability": float(certainty[row])}
+        for row, name, other in zip(worst, true, predicted, strict=True)
     ]

@@ -73,11 +73,16 @@ def load_inputs(config: RunConfig, world: World) -> Inputs:
     settings, augmentation = config.train, config.data.augmentation
     with world.main_first():
         text = load_source(config.data, settings.seed).cleaned(config.data.cleaning)
+    multi_label = ", multi-label" if text.multi_label else ""
     say(f"data        {text.origin}")
     say(
         f"            {len(text.train.texts):,} texts to train on, {len(text.validation.texts):,} to validate, "
-        f"{len(text.test.texts):,} to test, {len(text.label_names)} classes"
+        f"{len(text.test.texts):,} to test, {len(text.label_names)} classes{multi_label}"
     )
+    if multi_label and settings.class_weights != "none":
+        raise ConfigError(
+            'train.class_weights weights texts of one class each, and the data is multi-label; set "none"'
+        )
     if augmentation.n_aug:
         check_script(text.train.texts, text.origin)
         say(f"            EDA: {augmentation.n_aug} new texts of each training text, alpha {augmentation.alpha:g}")
@@ -92,7 +97,9 @@ def load_inputs(config: RunConfig, world: World) -> Inputs:
     }
     changed = {name: value for name, value in dropouts.items() if value is not None}
     model_config = RobertaConfig.from_file(checkpoint.directory / "config.json")
-    model_config = dataclasses.replace(model_config, label_names=text.label_names, **changed)
+    # The data decides: a head that the checkpoint already has is trained further by the loss that fits the labels.
+    kind = "multi_label_classification" if text.multi_label else "single_label_classification"
+    model_config = dataclasses.replace(model_config, label_names=text.label_names, problem_type=kind, **changed)
     check_budget(model_config, config.lora, settings.max_trainable)  # before anything large is read
     if config.data.max_length > model_config.max_length:
         raise ConfigError(
@@ -127,6 +134,10 @@ def epoch_batches(
         train = inputs.text.train
         new = augment_texts(train.texts, train.labels, config.data.augmentation, settings.seed, epoch)
         split = encode_split(Split(*new), inputs.tokenizer, description="tokenizing EDA")
+    if settings.class_weights == "balanced":
+        from sklearn.utils.class_weight import compute_sample_weight  # slow to import
+
+        split = dataclasses.replace(split, weights=compute_sample_weight("balanced", split.labels))
     return training_batches(
         split,
         settings.batch_size,

@@ -58,7 +58,7 @@ def model():
 @pytest.fixture(scope="module")
 def batch():
     ids = torch.tensor([[0, 7, 30, 9, 4, 2], [0, 12, 2, 1, 1, 1]])
-    return Batch(ids, ids != 1, torch.tensor([2, 0]), torch.arange(2), 9)
+    return Batch(ids, ids != 1, torch.tensor([2, 0]), torch.ones(2), torch.arange(2), 9, 2.0)
 
 
 def layer_norm(x, norm):

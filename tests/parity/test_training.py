@@ -1,6 +1,7 @@
 """The training loop against a plain loop over transformers + peft: same losses, same final weights; fp16's scaler."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import peft
@@ -39,6 +40,14 @@ def groups(split: EncodedSplit) -> list[list]:
     return made
 
 
+def one_batch(group: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, mask and labels of several batches as one."""
+    width = max(batch.input_ids.shape[1] for batch in group)
+    ids = torch.cat([F.pad(batch.input_ids, (0, width - batch.input_ids.shape[1]), value=1) for batch in group])
+    mask = torch.cat([F.pad(b.attention_mask, (0, width - b.attention_mask.shape[1])) for b in group])
+    return ids, mask, torch.cat([batch.labels for batch in group])
+
+
 def reference_losses(model: peft.PeftModel, batches: list[list], decay: bool) -> list[float]:
     """The same training written over transformers and peft: one padded batch of all nine texts a step."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -54,10 +63,8 @@ def reference_losses(model: peft.PeftModel, batches: list[list], decay: bool) ->
     losses = []
     for group in batches:
         # Accumulation must equal one large batch, so the reference takes it as one: mean loss over all texts.
-        width = max(batch.input_ids.shape[1] for batch in group)
-        ids = torch.cat([F.pad(batch.input_ids, (0, width - batch.input_ids.shape[1]), value=1) for batch in group])
-        mask = torch.cat([F.pad(b.attention_mask, (0, width - b.attention_mask.shape[1])) for b in group])
-        loss = model(input_ids=ids, attention_mask=mask, labels=torch.cat([batch.labels for batch in group])).loss
+        ids, mask, labels = one_batch(group)
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step(), schedule.step(), optimizer.zero_grad()
@@ -89,6 +96,53 @@ def test_fifty_steps_give_the_same_losses_and_weights(tmp_path, decay):
         else:
             assert_same(parameter, frozen[name], f"{name} is frozen and moved")
     assert np.mean(losses[-10:]) < np.mean(losses[:10])
+
+
+class _Summed:
+    """Processes that run one after the other: adds up what they would send."""
+
+    def __init__(self):
+        self.gradients, self.loss = {}, 0.0
+
+    def sum_gradients(self, parameters, loss):
+        for i, parameter in enumerate(parameters):
+            if parameter.grad is not None:
+                self.gradients[i] = self.gradients.get(i, 0.0) + parameter.grad
+        self.loss = self.loss + loss
+        return loss
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("multi_label", [False, True], ids=["class weights", "multi-label"])
+def test_class_weights_and_multi_label_give_the_loss_and_gradients_of_one_large_batch(tmp_path, multi_label, processes):
+    """Of batches of 5, 3 and 1 texts, accumulated; four processes leave some of them without a text."""
+    ours, theirs = adapted_pair(tmp_path, CONFIG)
+    split, classes = encoded_texts(), np.resize([0, 0, 2, 0, 1, 0, 0], 64)
+    class_weights = len(classes) / (3 * np.bincount(classes))
+    if multi_label:
+        split = dataclasses.replace(split, labels=np.random.default_rng(2).integers(0, 2, (len(classes), 3)))
+    else:
+        split = dataclasses.replace(split, labels=classes, weights=class_weights[classes])
+    rows = [[0, 1, 2, 3, 4], [5, 6, 7], [8]]
+
+    ids, mask, labels = one_batch([collate(split, np.array(part), 1, "longest") for part in rows])
+    if multi_label:
+        theirs.base_model.model.config.problem_type = "multi_label_classification"
+        loss = theirs(input_ids=ids, attention_mask=mask, labels=labels.double()).loss
+    else:
+        loss = torch.nn.CrossEntropyLoss(torch.from_numpy(class_weights))(theirs(ids, mask).logits, labels)
+    loss.backward()
+
+    world, optimizer = _Summed(), torch.optim.SGD([p for p in ours.parameters() if p.requires_grad], lr=0.0)
+    for rank in range(processes):
+        group = [collate(split, np.array(part), 1, "longest", slice(rank, None, processes)) for part in rows]
+        train_step(ours, group, optimizer, make_schedule(optimizer, 9, 0), CPU.grad_scaler(), CPU, 0.0, world)
+    assert_close(world.loss, loss, what="loss")
+    expected = {our_name(name): p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    assert len(world.gradients) == len(expected)
+    for i, (name, _) in enumerate(ours.named_parameters()):
+        if i in world.gradients and not name.endswith("key.base.bias"):  # its gradient is rounding alone
+            assert_close(world.gradients[i], expected[name], what=name)
 
 
 def test_schedule_is_the_one_of_transformers():

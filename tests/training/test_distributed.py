@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import train as train_module
-from data.batching import NO_LABEL, EncodedSplit, bucketed_batches, collate, evaluation_batches, training_batches
+from data.batching import EncodedSplit, bucketed_batches, collate, evaluation_batches, training_batches
 from lora.config import LoRAConfig
 from lora.inject import count_parameters, inject_lora
 from roberta.config import RobertaConfig
@@ -69,7 +69,7 @@ def watch(real_step, seen, act):
 
     def step(model, batches, *rest):
         act(len(seen["rows"]) + 1)
-        seen["rows"].append([row for b in batches for row in b.indices[b.labels != NO_LABEL].tolist()])
+        seen["rows"].append([row for b in batches for row in b.indices[b.weights > 0].tolist()])
         seen["seeds"].append(torch.initial_seed())
         sent = len(seen["sent"])
         loss = real_step(model, batches, *rest)
@@ -418,12 +418,12 @@ def test_rows_are_divided_without_loss_or_duplicate(lengths, batch_size, size, e
     shared = [list(training_batches(split, batch_size, 1, 0, epoch, share=world.share)) for world in worlds]
     assert {len(batches) for batches in shared} == {len(plan)}  # every process makes every step
     for rows, parts in zip(plan, zip(*shared, strict=True), strict=True):
-        found = [row for part in parts for row in part.indices[part.labels != NO_LABEL].tolist()]
+        found = [row for part in parts for row in part.indices[part.weights > 0].tolist()]
         assert sorted(found) == sorted(rows.tolist())
         for part in parts:
-            assert len(part.labels) >= 1 and len(part.labels) + part.num_remote == len(rows)
+            assert len(part.labels) >= 1 and part.total_weight == len(rows)
             assert part.tokens == split.lengths[rows].sum()
-        held = [int((part.labels != NO_LABEL).sum()) for part in parts]
+        held = [int((part.weights > 0).sum()) for part in parts]
         assert max(held) - min(held) <= 1
     scored = joined(evaluation_batches(split, batch_size, 1, share=world.share) for world in worlds)
     assert sorted(joined(batch.indices.tolist() for batch in scored)) == list(range(len(lengths)))

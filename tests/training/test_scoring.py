@@ -8,7 +8,7 @@ import torch
 
 from data.batching import Batch
 from training.precision import Compute
-from training.scoring import predict, score
+from training.scoring import confident_mistakes, predict, score
 
 
 def test_scores_of_a_confusion_matrix_computed_by_hand():
@@ -37,6 +37,27 @@ def test_table_has_one_line_per_class():
     assert [line.split()[0] for line in table.splitlines()] == ["class", "earn", "acq", "money-fx", "macro"]
 
 
+def test_multi_label_scores_computed_by_hand():
+    # Three texts, classes a, b, c (c has no text); right, one class too few, one too many.
+    labels = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0]])
+    logits = torch.tensor([[2.0, -2.0, -2.0], [0.0, 2.0, -2.0], [-2.0, 2.0, 4.0]])  # 0.5 is not above 0.5
+    scores = score(logits, labels, ("a", "b", "c"))
+    assert (scores.accuracy, scores.confusion) == (pytest.approx(1 / 3), [])
+    assert scores.micro == pytest.approx({"precision": 3 / 4, "recall": 3 / 4, "f1": 3 / 4})
+    assert scores.precision == 1.0 and scores.recall == pytest.approx((1 / 2 + 1) / 2)  # c does not count
+    assert scores.f1 == pytest.approx((2 / 3 + 1) / 2) and scores.deciding == scores.micro["f1"]
+    assert [row["support"] for row in scores.per_class.values()] == [2, 2, 0]
+    losses = [np.log1p(np.exp(-2.0))] * 7 + [np.log(2.0), np.log1p(np.exp(4.0))]
+    assert scores.loss == pytest.approx(np.mean(losses))
+    assert scores.summary().startswith("test exact match 33.33 %  micro F1 0.750   macro precision 1.000")
+    assert "micro average" in scores.table()
+
+    first, second = confident_mistakes(logits, labels, ["x", "y", "z"], ("a", "b", "c"))
+    assert (first["text"], first["true"], first["predicted"]) == ("z", "b", "b, c")
+    assert (second["text"], second["true"], second["predicted"]) == ("y", "a, b", "b")
+    assert (first["probability"], second["probability"]) == (pytest.approx(1 / (1 + np.exp(-4))), 0.5)
+
+
 class _FirstTokenModel(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -53,8 +74,10 @@ def test_predict_restores_row_order_and_mode():
         input_ids=torch.tensor([[12], [10], [11]]),
         attention_mask=torch.ones(3, 1, dtype=torch.bool),
         labels=torch.zeros(3, dtype=torch.long),
+        weights=torch.ones(3),
         indices=torch.from_numpy(rows),
         tokens=3,
+        total_weight=3.0,
     )
     model = _FirstTokenModel().train()
     logits = predict(model, [batch], 3, Compute(torch.device("cpu"), "fp32"))

@@ -27,7 +27,7 @@ def test_rate_median_and_p95_of_interleaved_models(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
     ids = torch.ones(4, 3, dtype=torch.long)
-    batches = [Batch(ids, ids.bool(), ids[:, 0], ids[:, 0], 12)] * 20
+    batches = [Batch(ids, ids.bool(), ids[:, 0], torch.ones(len(ids)), ids[:, 0], 12, len(ids))] * 20
     # Two calls to warm up, which must not count.
     steady = Slow(clock, [100.0, 100.0] + [2.0] * 20)
     growing = Slow(clock, [100.0, 100.0] + [float(i) for i in range(1, 21)])
