@@ -16,6 +16,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -46,6 +47,7 @@ CHECKPOINTS_ON_HUB = {
 _PIP_PERMANENT = ("No matching distribution", "Invalid requirement", "invalid", "No module named")
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _WHEEL_COMPRESSION = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 
 
@@ -93,7 +95,7 @@ class Checkpoint:
     name: str
     """Hub id or folder, by which peft and transformers find it too."""
     directory: Path
-    """Holds config.json, model.safetensors and the tokenizer's files."""
+    """Holds config.json, model.safetensors (or its parts and their index) and the tokenizer's files."""
     origin: str
     """Where the files came from, for display."""
 
@@ -137,7 +139,8 @@ def fetch_checkpoint(name: str) -> Checkpoint:
     """
     if os.path.isdir(name):  # noqa: PTH112  Path.is_dir raises an error if the name is too long for a path
         if missing := _missing_files(Path(name)):
-            raise DataError(f"{name}: not a checkpoint folder, it lacks {', '.join(missing)}; add them")
+            fix = _conversion(name) if list(Path(name).glob("pytorch_model*.bin*")) else "add them"
+            raise DataError(f"{name}: not a checkpoint folder, it lacks {', '.join(missing)}; {fix}")
         return Checkpoint(name, Path(name), f"{name} (folder)")
     hub_id = CHECKPOINTS_ON_HUB.get(name, name)
     if hub_id.count("/") != 1 or hub_id.startswith((".", "/")):
@@ -167,11 +170,26 @@ def fetch_checkpoint(name: str) -> Checkpoint:
 
 def _missing_files(directory: Path) -> list[str]:
     """What a checkpoint folder lacks."""
-    missing = [name for name in ("config.json", "model.safetensors") if not (directory / name).is_file()]
+    wanted = ["config.json", _WEIGHTS]
+    if (directory / _INDEX).is_file() and not (directory / _WEIGHTS).is_file():
+        with (directory / _INDEX).open("rb") as index:  # `load_checkpoint` reads it as JSON and checks it
+            parts = re.findall(rb'"([\w.-]{1,200}\.safetensors)"', index.read(1 << 22))
+        wanted[1:] = sorted({part.decode() for part in parts})
+    missing = [name for name in wanted if not (directory / name).is_file()]
     tokenizer, vocab, merges = ((directory / name).is_file() for name in _TOKENIZER_FILES)
     if not tokenizer and not (vocab and merges):
         missing.append("tokenizer.json (or vocab.json + merges.txt)")
     return missing
+
+
+def _conversion(name: str) -> str:
+    """How to use a checkpoint whose weights are pickled, which is not read because it can run code."""
+    code = f"[A.from_pretrained({name!r}).save_pretrained('converted') for A in (M, T)]"
+    return (
+        "weights in pytorch_model.bin are not read; convert them once: "
+        f'python -c "from transformers import AutoModel as M, AutoTokenizer as T; {code}"'
+        " (AutoModelForSequenceClassification keeps a head)"
+    )
 
 
 class HubFailure(Exception):
@@ -219,7 +237,7 @@ def _snapshot(hub_id: str, *, local_files_only: bool) -> Path:
     """The folder of a checkpoint in the hub library's cache. Raises what the library raises."""
     import huggingface_hub  # slow to import, and not needed for a local folder
 
-    patterns = ["config.json", "model.safetensors", *_TOKENIZER_FILES]
+    patterns = ["config.json", _WEIGHTS, _INDEX, "model-*-of-*.safetensors", *_TOKENIZER_FILES]
     options = {"allow_patterns": patterns, "local_files_only": local_files_only, "etag_timeout": HUB_TIMEOUT_SECONDS}
     return Path(huggingface_hub.snapshot_download(hub_id, **options))
 
@@ -249,7 +267,8 @@ def _from_hub(hub_id: str) -> Path:
             blob.unlink(missing_ok=True)
             raise DataError(f"{path.name} from the hub: {wrong} as announced; it was removed, run again")
     if missing := _missing_files(snapshot):
-        raise DataError(f"{hub_id} on the hub lacks {', '.join(missing)}; choose another checkpoint")
+        fix = _conversion(hub_id) if _WEIGHTS in missing else "choose another checkpoint"
+        raise DataError(f"{hub_id} on the hub lacks {', '.join(missing)}; {fix}")
     return snapshot
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from safetensors.torch import load_file, save_file
 
 from data import assets
 from data.errors import DataError
@@ -343,14 +345,42 @@ def test_what_counts_as_a_hub(status, reachable, tmp_path):
 
 
 def test_a_repository_without_weights_is_named(tiny_checkpoint, tmp_path):
-    import shutil
-
     folder = tmp_path / "incomplete"
     folder.mkdir()
     shutil.copy(tiny_checkpoint / "config.json", folder)
     with Hub({("model", "FacebookAI/roberta-large"): folder}) as hub:
         done = python(REFUSED, tmp_path, HF_ENDPOINT=hub.url)
     assert "FacebookAI/roberta-large on the hub lacks model.safetensors, tokenizer.json" in done.stdout, done.stderr
+    assert "from_pretrained('FacebookAI/roberta-large').save_pretrained('converted')" in done.stdout
+
+
+def test_weights_in_parts_come_from_a_hub(tiny_checkpoint, tmp_path):
+    folder = tmp_path / "in-parts"
+    shutil.copytree(tiny_checkpoint, folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    parts = [f"model-{number:05}-of-00002.safetensors" for number in (1, 2)]
+    weight_map = {name: parts[i % 2] for i, name in enumerate(weights)}
+    for part in parts:
+        save_file({name: tensor for name, tensor in weights.items() if weight_map[name] == part}, folder / part)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "pytorch_model.bin").write_bytes(b"not fetched")
+    code = """
+from data.assets import fetch_checkpoint
+for again in range(3):
+    found = fetch_checkpoint("in/parts")
+    print(found.origin, sorted(path.name for path in found.directory.iterdir() if path.name.startswith(("mod", "pyt"))))
+    if again == 1:  # as after an interrupted download
+        (found.directory / "model-00002-of-00002.safetensors").unlink()
+"""
+    with Hub({("model", "in/parts"): folder}) as hub:
+        done = python(code, tmp_path, HF_ENDPOINT=hub.url)
+    files = [*parts, "model.safetensors.index.json"]
+    origins = ("from the hub", "cached, from the hub", "from the hub")
+    assert done.stdout.splitlines() == [f"in/parts ({origin}) {files}" for origin in origins], done.stderr
+    (folder / parts[1]).unlink()
+    with pytest.raises(DataError, match=rf"it lacks {parts[1]}; weights in pytorch_model.bin"):
+        assets.fetch_checkpoint(str(folder))
 
 
 def test_a_full_disk_behind_a_hub_error_is_reported():
