@@ -12,9 +12,10 @@ from typing import Any
 from roberta.files import CheckpointError, read_json
 
 # Far above any encoder; a broken or hostile file must not create a million modules.
-_MAX = {"num_hidden_layers": 200, "num_attention_heads": 1000, "type_vocab_size": 1000}
-_MAX_OTHER = 10_000_000
 _MAX_LABELS = 50_000
+_MAX = {"num_hidden_layers": 200, "num_attention_heads": 1000, "type_vocab_size": 1000, "num_labels": _MAX_LABELS}
+_MAX_OTHER = 10_000_000
+_MODEL_TYPES = ("roberta", "xlm-roberta", "camembert", "bert")
 
 
 def _check_size(name: str, value: Any) -> None:
@@ -34,7 +35,7 @@ class RobertaConfig:
     """
 
     model_type: str = "roberta"
-    """Architecture of the checkpoint: roberta, or bert, which is converted."""
+    """Architecture of the checkpoint: roberta; xlm-roberta or camembert, the same; or bert, which is converted."""
     vocab_size: int = 50265
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -116,8 +117,8 @@ class RobertaConfig:
     def from_dict(cls, raw: dict[str, Any]) -> RobertaConfig:
         """Read the fields of a `config.json` already parsed; raises CheckpointError as `from_file` does."""
         model_type = raw.get("model_type")
-        if model_type not in ("roberta", "bert"):
-            raise CheckpointError(f"model_type is {model_type!r}; this encoder holds 'roberta' and 'bert' checkpoints")
+        if model_type not in _MODEL_TYPES:
+            raise CheckpointError(f"model_type is {model_type!r}; this encoder computes {', '.join(_MODEL_TYPES)} only")
         for name, supported in (
             ("hidden_act", "gelu"),
             ("position_embedding_type", "absolute"),
@@ -129,11 +130,17 @@ class RobertaConfig:
         # Some files omit fields that are at the default of transformers' class, which is not always ours.
         defaults = {"max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12}
         bert = model_type == "bert"
-        defaults |= {"vocab_size": 30522, "pad_token_id": 0} if bert else {"vocab_size": 50265, "pad_token_id": 1}
+        defaults |= {"vocab_size": 50265 if model_type == "roberta" else 30522, "pad_token_id": 0 if bert else 1}
         names = {field.name for field in fields(cls)} - {"label_names"}
         values = defaults | {name: raw[name] for name in names if raw.get(name) is not None}
-        if isinstance(labels := raw.get("id2label"), dict):
-            if not labels or set(labels) != {str(index) for index in range(len(labels))}:
+        if values.get("problem_type") == "regression":
+            del values["problem_type"]  # of the head alone: `load_checkpoint` refuses that, not the encoder
+        labels = raw.get("id2label")
+        if labels is None and (number := raw.get("num_labels")) is not None:  # older files, and those of two labels
+            _check_size("num_labels", number)
+            labels = {str(index): f"LABEL_{index}" for index in range(number)}
+        if labels is not None:
+            if not labels or not isinstance(labels, dict) or set(labels) != set(map(str, range(len(labels)))):
                 raise CheckpointError("id2label must number the labels 0, 1, 2, ... without gaps")
             if len(labels) > _MAX_LABELS:
                 raise CheckpointError(f"id2label has {len(labels):,} labels, more than the limit of {_MAX_LABELS:,}")
@@ -152,7 +159,7 @@ class RobertaConfig:
         labels = raw.pop("label_names")
         return raw | {
             "architectures": ["RobertaForSequenceClassification"],
-            "model_type": "roberta",
+            "model_type": "roberta",  # what is computed, whatever `model_type` was read
             "hidden_act": "gelu",
             "position_embedding_type": "absolute",
             "id2label": {str(index): name for index, name in enumerate(labels)},

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
 MAX_JSON, MAX_TOKENIZER = 4 << 20, 64 << 20  # bytes; a vocabulary of 250,000 has some 17 MiB
+_PART = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _MAX_HEADER = 4 << 20  # bytes; that of roberta-large's weights has 0.04 MiB
 
@@ -48,35 +52,72 @@ def read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-@contextlib.contextmanager
-def open_weights(path: Path) -> Iterator[Any]:
-    """`safetensors.safe_open` for an untrusted file; the library itself checks lengths and offsets.
+def weights_path(directory: str | Path) -> Path:
+    """A checkpoint folder's `model.safetensors`; the index of its parts if there is only that."""
+    path, index = Path(directory) / WEIGHTS_NAME, Path(directory) / INDEX_NAME
+    return index if index.exists() and not path.exists() else path
 
-    Raises CheckpointError if the file is missing or not a regular file, or if its header is invalid.
+
+def weight_files(directory: str | Path) -> list[Path]:
+    """A checkpoint folder's safetensors files: one, or the parts that an index names. Raises CheckpointError."""
+    path = weights_path(directory)
+    return [path.with_name(name) for name in sorted(set(_parts(path).values()))] or [path]
+
+
+def _parts(path: Path) -> dict[str, str]:
+    """Key -> file name, from an index; empty for a safetensors file. Raises CheckpointError."""
+    if path.name != INDEX_NAME:
+        return {}
+    parts = read_json(path).get("weight_map")
+    if not parts or not isinstance(parts, dict) or not all(_PART.fullmatch(str(name)) for name in parts.values()):
+        raise CheckpointError(f"{path}: its weight_map must name .safetensors files beside it; fetch it again")
+    return parts
+
+
+@contextlib.contextmanager
+def open_weights(directory: str | Path) -> Iterator[dict[str, Any]]:
+    """Key -> the open safetensors file that holds it, for an untrusted checkpoint folder.
+
+    The library itself checks lengths and offsets. Raises CheckpointError if a file is missing or not a regular file, if
+    its header is invalid, or if it holds a key that the index does not place there.
     """
+    path = weights_path(directory)
+    parts, weights = _parts(path), {}
     try:
-        check_file(path, 1 << 62)
-        with path.open("rb") as start:
-            header = int.from_bytes(start.read(8), "little")
-        if header > _MAX_HEADER:
-            raise OSError(f"its header claims {header:,} bytes, more than {_MAX_HEADER:,}")
-        try:
-            file = safe_open(str(path), framework="pt")
-        except RuntimeError as error:  # torch's, for a file that does not fit into the address space
-            raise SafetensorError(str(error)) from None
-        with file:
-            yield file
+        with contextlib.ExitStack() as stack:
+            for part in weight_files(directory):
+                file = stack.enter_context(_open(part))
+                for key in file.keys():
+                    if parts and parts.get(key) != part.name:
+                        problem = f"holds {key!r}, which {INDEX_NAME} does not place there"
+                        raise CheckpointError(f"{part}: {problem}; fetch the checkpoint again")
+                    weights[key] = file
+            part = path
+            yield weights
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{path}: not a complete safetensors file ({reason}); fetch the checkpoint again"
+            f"{part}: not a complete safetensors file ({reason}); fetch the checkpoint again"
         ) from None
 
 
-def non_float_tensors(file: Any) -> dict[str, str]:
-    """Name and type of the tensors of an open safetensors file that are not floating-point numbers of 16 bits or more.
+def _open(path: Path) -> Any:
+    """`safetensors.safe_open`, after the checks that it leaves out."""
+    check_file(path, 1 << 62)
+    with path.open("rb") as start:
+        header = int.from_bytes(start.read(8), "little")
+    if header > _MAX_HEADER:
+        raise OSError(f"its header claims {header:,} bytes, more than {_MAX_HEADER:,}")
+    try:
+        return safe_open(str(path), framework="pt")
+    except RuntimeError as error:  # torch's, for a file that does not fit into the address space
+        raise SafetensorError(str(error)) from None
+
+
+def non_float_tensors(weights: dict[str, Any]) -> dict[str, str]:
+    """Name and type of the tensors of `open_weights` that are not floating-point numbers of 16 bits or more.
 
     Integers, complex and packed 4-bit numbers have a meaning that a plain copy would lose.
     """
-    types = {key: file.get_slice(key).get_dtype() for key in file.keys()}
+    types = {key: file.get_slice(key).get_dtype() for key, file in weights.items()}
     return {key: kind for key, kind in types.items() if kind not in _FLOATS}

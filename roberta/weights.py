@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,15 +30,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from roberta.config import RobertaConfig
-from roberta.files import CheckpointError, non_float_tensors, open_weights
+from roberta.files import WEIGHTS_NAME, CheckpointError, non_float_tensors, open_weights, read_json, weights_path
 from roberta.model import RobertaForSequenceClassification
 from roberta.tokenizer import TextTokenizer
 
-WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 
-# Parts of pretraining checkpoints that classification does not use; any other unknown key is an error.
-_IGNORED_PREFIXES = ("lm_head.", "pooler.", "cls.")
+# Heads of pretraining and of other tasks, which are dropped; any other unknown key is an error.
+_OTHER_HEADS = ("lm_head.", "pooler.", "cls.", "qa_outputs.", "classifier.weight", "classifier.bias")
 _IGNORED_SUFFIXES = ("embeddings.position_ids",)
 _POSITIONS = "roberta.embeddings.position_embeddings.weight"
 _TOKEN_TYPES = "roberta.embeddings.token_type_embeddings.weight"
@@ -46,47 +46,47 @@ _TOKEN_TYPES = "roberta.embeddings.token_type_embeddings.weight"
 def load_checkpoint(
     directory: str | Path, config: RobertaConfig | None = None, *, new_head: bool = False
 ) -> RobertaForSequenceClassification:
-    """Build the model of a checkpoint folder (`config.json`, `model.safetensors`), in float32 on the CPU.
+    """Build the model of a checkpoint folder (`config.json`, `model.safetensors` or its parts), in float32 on the CPU.
 
     `config` is the folder's own unless given; pass a changed copy to set labels or dropout. The head is read if the
-    file holds one (a fine-tuned checkpoint), unless `new_head`; otherwise its weights are drawn from
+    folder holds one of ours (see `head_of`), unless `new_head`; otherwise its weights are drawn from
     N(0, initializer_range^2) by torch's global generator, with zero biases.
 
     Raises CheckpointError if a file is missing or damaged, if a key is missing, unexpected, of another shape or type,
-    or not finite (the message lists the keys), or if the model is larger than the machine's memory.
+    or not finite (the message lists the keys), if the head that is read is one for regression, or if the model is
+    larger than the machine's memory.
     """
     directory = Path(directory)
-    path = directory / WEIGHTS_NAME
+    path = weights_path(directory)
     config = config or RobertaConfig.from_file(directory / CONFIG_NAME)
     bert = config.model_type == "bert"
     with torch.device("meta"):  # shapes without memory: nothing is initialised only to be overwritten
         model = RobertaForSequenceClassification(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    with open_weights(path) as file:
-        keys = {name: key for key in file.keys() if (name := _parameter_name(key)) is not None}
+    with open_weights(directory) as weights:
+        keys = {name: key for key in weights if (name := _parameter_name(key)) is not None}
         draw_head = new_head or not any(name.startswith("classifier.") for name in keys)
         if draw_head:
             keys = {name: key for name, key in keys.items() if not name.startswith("classifier.")}
             shapes = {name: shape for name, shape in shapes.items() if not name.startswith("classifier.")}
-        _refuse(path, "lacks", set(shapes) - set(keys), "it is not a complete RoBERTa or BERT encoder")
+        _refuse(path, "lacks", set(shapes) - set(keys), "it is not a complete RoBERTa or BERT model")
         unexpected = {keys[name] for name in set(keys) - set(shapes)}
         _refuse(path, "holds unexpected", unexpected, "it is from another architecture")
-        kinds = [f"{key} ({kind})" for key, kind in non_float_tensors(file).items() if key in keys.values()]
+        kinds = [f"{key} ({kind})" for key, kind in non_float_tensors(weights).items() if key in keys.values()]
         _refuse(path, "holds no floating-point numbers in", kinds, "use a checkpoint in 16 or 32 bits")
+        if not draw_head:
+            _refuse_regression(directory, weights, keys["classifier.out_proj.weight"])
         # From the file's header, before memory is allocated: config.json may state any size.
         wrong = []
         for name, key in keys.items():
-            found, wanted = file.get_slice(key).get_shape(), list(shapes[name])
+            found, wanted = weights[key].get_slice(key).get_shape(), list(shapes[name])
             if bert and name == _POSITIONS:
                 wanted[0] -= config.pad_token_id + 1
             elif bert and name == _TOKEN_TYPES and found:
                 wanted[0] = max(1, found[0])
             if found != wanted:
                 wrong.append(f"{key} ({found}, not {wanted})")
-        fix = "config.json describes another model"
-        if all(key.startswith("classifier.") for key in wrong):
-            fix = "its head has other labels; draw a new head (model.new_head)"
-        _refuse(path, "has the wrong shape in", wrong, fix)
+        _refuse(path, "has the wrong shape in", wrong, "config.json describes another model")
 
         _refuse_larger_than_memory(path, sum(parameter.numel() for parameter in model.parameters()))
         model.to_empty(device="cpu")
@@ -94,7 +94,7 @@ def load_checkpoint(
         if draw_head:
             _initialise_head(model.classifier, config)
         for name, key in keys.items():
-            _copy(file.get_tensor(key), parameters[name], name, config, bert)
+            _copy(weights[key].get_tensor(key), parameters[name], name, config, bert)
         # All values are finite if the smallest and the largest are; unlike `isfinite`, this allocates no memory.
         edges = {name: torch.aminmax(parameters[name].detach()) for name in keys}
         broken = [keys[name] for name, pair in edges.items() if not all(edge.isfinite() for edge in pair)]
@@ -102,10 +102,23 @@ def load_checkpoint(
     return model
 
 
+def head_of(directory: str | Path) -> str:
+    """The head in a checkpoint folder: "ours" (`ClassificationHead`), "none", or others by name, such as "lm_head".
+
+    Others are for another task or compute something else, so `load_checkpoint` draws a new head. "classifier" is then
+    a single matrix, as token classification, multiple choice, and BERT's own classification of texts have it.
+    Raises CheckpointError as `load_checkpoint`.
+    """
+    with open_weights(directory) as weights:
+        names = [_without_prefix(key) for key in weights]
+    others = [name.split(".")[0] for name in names if name.startswith(_OTHER_HEADS)]
+    ours = any(name.startswith("classifier.") and not name.startswith(_OTHER_HEADS) for name in names)
+    return "ours" if ours else ", ".join(sorted(set(others))) or "none"
+
+
 def has_head(directory: str | Path) -> bool:
-    """Whether a checkpoint folder's weights hold a classification head. Raises CheckpointError as `load_checkpoint`."""
-    with open_weights(Path(directory) / WEIGHTS_NAME) as file:
-        return any(key.startswith("classifier.") for key in file.keys())
+    """Whether a checkpoint folder holds a head that `load_checkpoint` reads. Raises CheckpointError as that does."""
+    return head_of(directory) == "ours"
 
 
 def save_checkpoint(
@@ -137,10 +150,14 @@ def save_checkpoint(
         tokenizer.save(directory)
 
 
+def _without_prefix(key: str) -> str:
+    return key.removeprefix("roberta.").removeprefix("bert.")
+
+
 def _parameter_name(key: str) -> str | None:
-    """The parameter that a checkpoint's key names; None for ignored parts."""
-    name = key.removeprefix("roberta.").removeprefix("bert.")
-    if name.startswith(_IGNORED_PREFIXES) or name.endswith(_IGNORED_SUFFIXES):
+    """The parameter that a checkpoint's key names; None for what is dropped."""
+    name = _without_prefix(key)
+    if name.startswith(_OTHER_HEADS) or name.endswith(_IGNORED_SUFFIXES):
         return None
     # The first BERT files call LayerNorm's weight gamma and its bias beta.
     name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
@@ -168,6 +185,17 @@ def _initialise_head(head: nn.Module, config: RobertaConfig) -> None:
             nn.init.normal_(parameter, std=config.initializer_range)
 
 
+def _refuse_regression(directory: Path, weights: dict[str, Any], key: str) -> None:
+    """Raise CheckpointError if the head whose last weight is `key` gives a number instead of classes."""
+    problem = read_json(directory / CONFIG_NAME).get("problem_type")
+    one_output = weights[key].get_slice(key).get_shape()[:1] == [1]
+    if problem == "regression" or (one_output and problem != "multi_label_classification"):
+        what = "problem_type is 'regression'" if problem == "regression" else "the head has a single output"
+        raise CheckpointError(
+            f"{directory / CONFIG_NAME}: {what}: it predicts a number, not a class; draw a new head (model.new_head)"
+        )
+
+
 def _refuse_larger_than_memory(path: Path, parameters: int) -> None:
     """Raise CheckpointError if that many float32 parameters exceed the memory of this machine."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -181,6 +209,8 @@ def _refuse_larger_than_memory(path: Path, parameters: int) -> None:
 def _refuse(path: Path, problem: str, keys: set[str] | list[str], fix: str) -> None:
     """Raise CheckpointError if `keys` is not empty, naming the first six."""
     if keys:
+        if all(key.startswith("classifier.") for key in keys):
+            fix = "the rest can be used with a new head (model.new_head)"
         shown = sorted(keys)[:6]
         more = f" and {len(keys) - len(shown)} more" if len(keys) > len(shown) else ""
         raise CheckpointError(f"{path}: {problem} {', '.join(shown)}{more}; {fix}")

@@ -15,6 +15,7 @@ from data.augmentation import augment_texts, check_script
 from data.batching import WIDTH_MULTIPLE, Batch, EncodedSplit, encode_split, training_batches
 from data.sources import LabelledText, Split, load_source
 from roberta.config import RobertaConfig
+from roberta.files import weight_files
 from roberta.tokenizer import TextTokenizer
 from roberta.weights import has_head
 from training.budget import check_budget
@@ -60,7 +61,7 @@ class Inputs:
         """Hashes of the inputs that must be unchanged when a run is resumed."""
         return {
             "the data": self.text.fingerprint,
-            "the base weights": sha256_of(self.checkpoint.directory / "model.safetensors"),
+            "the base weights": " ".join(map(sha256_of, weight_files(self.checkpoint.directory))),
             "the tokenizer": self.tokenizer.fingerprint,
         }
 

@@ -84,13 +84,12 @@ assert [text.label_names[label] == "positive" for label in text.train.labels] ==
 """,
     "roberta/config.py": """
 import torch, transformers
-from roberta.config import RobertaConfig
 from roberta.weights import load_checkpoint
 sizes = dict(vocab_size=60, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40)
-config = transformers.XLMRobertaConfig(**sizes, max_position_embeddings=34, type_vocab_size=1, num_labels=3)
-theirs = transformers.XLMRobertaForSequenceClassification(config).eval()
-theirs.save_pretrained("xlmr")
-ours = load_checkpoint("xlmr", RobertaConfig.from_file("xlmr/config.json")).eval()
+config = transformers.Data2VecTextConfig(**sizes, max_position_embeddings=34, type_vocab_size=1, num_labels=3)
+theirs = transformers.Data2VecTextForSequenceClassification(config).eval()
+theirs.save_pretrained("data2vec")
+ours = load_checkpoint("data2vec").eval()
 ids = torch.randint(3, 60, (4, 9))
 mask = torch.ones_like(ids)
 torch.testing.assert_close(ours(ids, mask), theirs(ids, attention_mask=mask).logits)

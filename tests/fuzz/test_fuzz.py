@@ -88,6 +88,14 @@ def test_checkpoint_config(folder):
     fuzz(folder / "base" / "config.json", lambda: read_base(folder), CheckpointError, mutate_json, mutate_bytes)
 
 
+def test_checkpoint_index(folder):
+    path, part = folder / "base" / "model.safetensors", "model-00001-of-00001.safetensors"
+    index = path.with_name("model.safetensors.index.json")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(load_file(path), part)}))
+    path.rename(path.with_name(part))
+    fuzz(index, lambda: read_base(folder), CheckpointError, mutate_json, mutate_bytes)
+
+
 def test_tokenizer(folder):
     def read():
         tokenizer = TextTokenizer.from_directory(folder / "base", 10)

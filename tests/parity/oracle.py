@@ -72,12 +72,14 @@ def assert_no_worse(ours: float, theirs: float, factor: float, what: str = "") -
     assert ours <= factor * theirs, f"{what}: {ours:.2e}, theirs {theirs:.2e}"
 
 
-def reference_model(seed: int = 0, attention: str = "sdpa", **sizes: Any) -> nn.Module:
-    """A random `transformers.RobertaForSequenceClassification`, float32, in eval mode."""
-    config = transformers.RobertaConfig(**(SMALL | NO_DROPOUT | sizes))
+def reference_model(
+    seed: int = 0, attention: str = "sdpa", kind: str = "Roberta", head: str = "SequenceClassification", **sizes: Any
+) -> nn.Module:
+    """A random `transformers.RobertaForSequenceClassification`, or another kind or head, float32, in eval mode."""
+    config = getattr(transformers, f"{kind}Config")(**(SMALL | NO_DROPOUT | sizes))
     config._attn_implementation = attention
     torch.manual_seed(seed)
-    model = transformers.RobertaForSequenceClassification(config).eval()
+    model = getattr(transformers, f"{kind}For{head}")(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "LayerNorm.weight" in name:

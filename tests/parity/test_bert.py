@@ -43,7 +43,10 @@ def small_bert(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("kind", [transformers.BertConfig, transformers.RobertaConfig])
+@pytest.mark.parametrize(
+    "kind",
+    [transformers.BertConfig, transformers.RobertaConfig, transformers.XLMRobertaConfig, transformers.CamembertConfig],
+)
 def test_fields_that_a_file_leaves_out_have_the_values_of_transformers(kind):
     ours, theirs = RobertaConfig.from_dict({"model_type": kind.model_type}), kind()
     translated = {"problem_type": "single_label_classification"}  # theirs: None, which the labels decide

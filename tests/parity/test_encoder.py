@@ -1,16 +1,24 @@
 """Hidden states, logits, loss and gradients of the encoder and its adapters equal those of transformers + peft."""
 
+import re
 import tempfile
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpu.dropout import dropout_mask, rounded, use_fast_dropout
+from data.assets import fetch_checkpoint
+from data.errors import DataError
 from lora.config import LoRAConfig
 from roberta import model as model_module
+from roberta.files import weight_files
+from roberta.tokenizer import TextTokenizer
+from roberta.weights import has_head, head_of, load_checkpoint, save_checkpoint
+from tests.conftest import tiny_tokenizer
 from tests.parity.oracle import (
     BASE_WIDTH,
     adapted_pair,
@@ -61,7 +69,7 @@ def test_hidden_states_and_logits_with_ragged_padding(tmp_path, attention, sizes
     layers=st.integers(1, 3),
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=5),
     pad=st.integers(0, 4),
-    labels=st.integers(1, 5),
+    labels=st.integers(2, 5),
     seed=st.integers(0, 1000),
 )
 def test_logits_for_any_shape(heads, head, intermediate, layers, lengths, pad, labels, seed):
@@ -83,6 +91,64 @@ def test_logits_for_any_shape(heads, head, intermediate, layers, lengths, pad, l
     inputs = {"input_ids": ids, "attention_mask": batch["attention_mask"]}
     with torch.no_grad():
         assert_close(ours(**inputs), reference.double()(**inputs).logits, what=str(sizes))
+
+
+@pytest.mark.parametrize(("kind", "largest_part"), [("XLMRoberta", "5GB"), ("Camembert", "20KB")])
+def test_relatives_and_weights_in_parts(tmp_path, kind, largest_part):
+    """RoBERTa with another tokenizer: read, and exported as a RoBERTa."""
+    theirs = reference_model(kind=kind)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=largest_part)
+    assert (len(weight_files(tmp_path / "theirs")) > 1) == (largest_part == "20KB")
+    ours, theirs = load_checkpoint(tmp_path / "theirs").double().eval(), theirs.double()
+    save_checkpoint(ours, tmp_path / "exported")
+    exported = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "exported").double().eval()
+    batch = ragged_batch(RAGGED)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        expected = theirs(**inputs).logits
+        assert_close(ours(**inputs), expected, what="logits")
+        assert_close(exported(**inputs).logits, expected, what="logits of the export")
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "found"),
+    [
+        ("Roberta", "QuestionAnswering", "qa_outputs"),
+        ("Roberta", "TokenClassification", "classifier"),
+        ("XLMRoberta", "MultipleChoice", "classifier, pooler"),
+        ("Camembert", "MaskedLM", "lm_head"),
+        ("Bert", "SequenceClassification", "classifier, pooler"),
+        ("Bert", "TokenClassification", "classifier"),
+        ("Bert", "QuestionAnswering", "qa_outputs"),
+        ("Bert", "PreTraining", "cls, pooler"),
+    ],
+)
+def test_the_encoder_of_a_checkpoint_with_another_head(tmp_path, kind, head, found):
+    # Two token types: trained on pairs of texts. A single text has the first.
+    reference = reference_model(kind=kind, head=head, type_vocab_size=2)
+    ours, theirs = our_copy(reference, tmp_path), reference.base_model.double()
+    assert head_of(tmp_path) == found and not has_head(tmp_path)
+    assert ours.classifier.out_proj.bias.abs().max() == 0, "the head is not a new one"
+    batch = ragged_batch(RAGGED)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        assert_close(ours.roberta(**inputs)[real], theirs(**inputs).last_hidden_state[real], what="hidden states")
+
+
+def test_pickled_weights_are_refused_with_the_line_that_converts_them(tmp_path, monkeypatch):
+    reference, folder = reference_model(), tmp_path / "pickled"
+    ours = our_copy(reference, folder)
+    TextTokenizer(tiny_tokenizer(), 30).save(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(reference.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(DataError, match="lacks model.safetensors; weights in pytorch_model.bin are not read") as error:
+        fetch_checkpoint(str(folder))
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r'python -c "(.*?)"', str(error.value))[1], {})
+    converted = load_checkpoint(fetch_checkpoint("converted").directory)
+    for (name, one), other in zip(converted.roberta.named_parameters(), ours.roberta.parameters(), strict=True):
+        assert_same(one.double(), other, name)
 
 
 @pytest.fixture(params=["torch's masks", "masks of cpu/"])

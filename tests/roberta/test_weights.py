@@ -87,6 +87,65 @@ def test_a_present_head_is_read_unless_a_new_one_is_asked_for(folder):
     assert not torch.equal(load_checkpoint(folder, new_head=True).classifier.dense.weight, saved)
 
 
+def test_labels_may_be_given_by_their_number(folder):
+    path = folder / "config.json"
+    raw = {name: value for name, value in json.loads(path.read_text()).items() if name not in ("id2label", "label2id")}
+    path.write_text(json.dumps(raw | {"num_labels": 3}))
+    assert load_checkpoint(folder).config.label_names == ("LABEL_0", "LABEL_1", "LABEL_2")
+
+
+@pytest.mark.parametrize("single_output", [False, True])
+def test_a_head_for_regression_is_refused_unless_it_is_not_used(folder, single_output):
+    if single_output:
+        save_checkpoint(RobertaForSequenceClassification(dataclasses.replace(SMALL, label_names=("a",))), folder)
+    else:
+        edit_config(folder, problem_type="regression")
+    for given in (None, SMALL):  # with other labels, as a program gives them
+        says = "the head has a single output" if single_output else "problem_type is 'regression'"
+        with pytest.raises(CheckpointError, match=rf"config\.json: {says}: .*draw a new head \(model\.new_head\)"):
+            load_checkpoint(folder, given)
+        load_checkpoint(folder, given, new_head=True)
+    if single_output:  # one label that a text has or not
+        edit_config(folder, problem_type="multi_label_classification")
+        load_checkpoint(folder)
+
+
+@pytest.fixture
+def in_parts(folder):
+    """The checkpoint as transformers writes a large one: two parts and an index."""
+    path = folder / "model.safetensors"
+    weights, parts = load_file(path), ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    path.unlink()
+    weight_map = {name: parts[name.startswith("classifier.")] for name in weights}
+    for part in parts:
+        save_file({name: tensor for name, tensor in weights.items() if weight_map[name] == part}, folder / part)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return weights
+
+
+def test_weights_in_parts(folder, in_parts):
+    assert has_head(folder)
+    for name, parameter in load_checkpoint(folder).named_parameters():
+        assert torch.equal(parameter, in_parts[name]), name
+
+
+def test_parts_that_do_not_fit_their_index(folder, in_parts):
+    index, last = folder / "model.safetensors.index.json", folder / "model-00002-of-00002.safetensors"
+    content, placed = index.read_text(), json.loads(index.read_text())["weight_map"]
+    for weight_map in ({}, [], None, placed | {"a": 1}, placed | {"a": "../b.safetensors"}, placed | {"a": "b.bin"}):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        refused(folder, r"index\.json: its weight_map must name \.safetensors files")
+    index.write_text(json.dumps({"weight_map": placed | {"classifier.dense.bias": "model-00001-of-00002.safetensors"}}))
+    refused(folder, r"00002-of-00002\.safetensors: holds 'classifier\.dense\.bias', which .* does not place there")
+    index.write_text(content)
+    last.write_bytes(last.read_bytes()[:-4])
+    refused(folder, r"00002-of-00002\.safetensors: not a complete safetensors file")
+    save_file({"classifier.dense.bias": torch.zeros(8)}, last)
+    refused(folder, r"index\.json: lacks classifier\.dense\.weight, .*; the rest can be used with a new head")
+    last.unlink()
+    refused(folder, r"00002-of-00002\.safetensors: no such file")
+
+
 def test_half_precision_files_become_float32(folder):
     edit_weights(folder, lambda weights: {name: tensor.half() for name, tensor in weights.items()})
     assert {p.dtype for p in load_checkpoint(folder).parameters()} == {torch.float32}
@@ -143,6 +202,8 @@ def test_a_missing_file(folder, name):
         ({"max_position_embeddings": 2}, "leaves no room"),
         ({"pad_token_id": 5000}, "pad_token_id 5000 is not in the vocabulary"),
         ({"id2label": {"0": "a", "2": "b"}}, "id2label"),
+        ({"id2label": ["a", "b", "c"]}, "id2label"),
+        ({"id2label": None, "num_labels": 10**9}, "num_labels is 1000000000"),
     ],
 )
 def test_a_configuration_that_can_not_be_used(folder, fields, says):

@@ -63,6 +63,7 @@ def test_cards_of_other_runs(run_folder):
     interrupted = card(test=None, complete=False)
     assert "was interrupted" in interrupted and "## Scores" not in interrupted and "test accuracy" not in interrupted
 
+    assert "PeftModel" in card(origins=report["origins"] | {"model_type": "xlm-roberta"})
     bert = card(origins=report["origins"] | {"model_type": "bert"})  # merged before transformers opens it
     assert "--export merged/" in bert and "PeftModel" not in bert
     assert "cleans a text" not in bert
