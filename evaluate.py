@@ -27,7 +27,7 @@ from cpu import speed_up
 from data.assets import fetch_checkpoint
 from data.batching import EncodedSplit, encode_split, evaluation_batches
 from data.cleaning import make_cleaner
-from data.sources import Split, load_source, read_unlabelled
+from data.sources import LabelledText, Split, listed, load_source, read_unlabelled
 from lora.files import atomic_write
 from lora.inject import merge_lora, unload_lora
 from lora.peft_format import adapter_shapes, load_adapter, read_base_model
@@ -35,6 +35,7 @@ from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
 from roberta.tokenizer import TextTokenizer
 from roberta.weights import has_head, load_checkpoint, save_checkpoint
+from training.classes import match_classes, numbered
 from training.command_line import parse_options, run_command
 from training.config import RunConfig, read_config
 from training.errors import ConfigError
@@ -74,7 +75,7 @@ class Arguments:
     base: str | None = None
     """The pretrained checkpoint, by name or folder, instead of the one that the adapter names."""
     config: Path | None = None
-    """Settings that name the data to score, for an adapter folder; a run folder has its own."""
+    """Settings that name the data to score and their classes, for an adapter folder; a run folder has its own."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] | None = None
@@ -92,6 +93,8 @@ class Trained:
     """The settings of the run or of --config; the defaults for an adapter alone."""
     has_data: bool
     """Whether there are such settings, so that the test split is known."""
+    text: LabelledText | None
+    """Its labelled text, if it was read already."""
     clean: Callable[[str], str]
     """The cleaning of the training texts."""
     compute: Compute
@@ -120,7 +123,7 @@ def load_trained(arguments: Arguments) -> Trained:
 
     shapes = adapter_shapes(adapter)
     model_config = RobertaConfig.from_file(checkpoint.directory / "config.json")
-    labels = _label_names(folder, is_run, model_config, shapes)
+    labels, text = _classes(folder, config if config_path else None, model_config, shapes)
     model_config = dataclasses.replace(model_config, label_names=labels)
     head_in_adapter = {name for name in shapes if name.startswith("classifier.")}
     head = {f"classifier.{layer}.{kind}" for layer in ("dense", "out_proj") for kind in ("weight", "bias")}
@@ -142,15 +145,32 @@ def load_trained(arguments: Arguments) -> Trained:
     tokenizer = TextTokenizer.from_directory(checkpoint.directory, max_length)
     tokenizer.check_fits(model_config, checkpoint.directory)
     clean = make_cleaner(config.data.cleaning)
-    return Trained(model, tokenizer, labels, config, config_path is not None, clean, compute)
+    return Trained(model, tokenizer, labels, config, config_path is not None, text, clean, compute)
 
 
-def _label_names(folder: RunFolder, is_run: bool, base: RobertaConfig, shapes: dict[str, list[int]]) -> tuple[str, ...]:
-    """Class names: the run's; else the base's, if it has as many as the adapter's head; else numbered."""
-    if is_run:
-        return folder.read_labels()
-    number = shapes.get("classifier.out_proj.weight", [base.num_labels])[0]
-    return base.label_names if number == base.num_labels else tuple(f"LABEL_{i}" for i in range(number))
+def _classes(
+    folder: RunFolder, config: RunConfig | None, base: RobertaConfig, shapes: dict[str, list[int]]
+) -> tuple[tuple[str, ...], LabelledText | None]:
+    """Class names in the order of the logits, and the labelled text, if it was read to name them.
+
+    The names stored with the adapter; else those of `config`'s data, in the base's order if it has the same; else the
+    base's, if it has as many as the adapter's head; else numbers. Raises ConfigError if they don't fit the head.
+    """
+    stored, own_head = folder.read_labels(), shapes.get("classifier.out_proj.weight")
+    number = own_head[0] if own_head else len(stored or base.label_names)
+    if stored is not None:
+        if len(stored) != number:
+            raise ConfigError(f"{folder.labels} names {len(stored)} classes, but the adapter's head has {number}")
+        return stored, None
+    names = base.label_names if number == base.num_labels else numbered(number)
+    if config is None:
+        whose = "numbers" if names == numbered(number) else "the base checkpoint's names"
+        say(f"classes     {listed(names)}: {whose}, as {folder.labels} does not exist")
+        return names, None
+    # A head in the adapter may have been trained on other classes than the base's.
+    text = load_source(config.data, config.train.seed)
+    text = match_classes(text, names, "the base checkpoint", certain=own_head is None)
+    return text.label_names, text
 
 
 def read_texts(arguments: Arguments) -> list[str]:
@@ -225,14 +245,15 @@ def report_speed(trained: Trained) -> None:
 
 
 def _test_split(trained: Trained) -> Split:
-    """The cleaned test texts. Raises ConfigError if there are no settings, or another number of classes."""
+    """The cleaned test texts. Raises ConfigError if there are no settings, or other classes than the adapter's."""
     if not trained.has_data:
         raise ConfigError("an adapter alone has no test split; add --config FILE.toml, or --text")
-    text = load_source(trained.config.data, trained.config.train.seed).cleaned(trained.config.data.cleaning)
+    config = trained.config
+    text = trained.text
+    if text is None:
+        text = match_classes(load_source(config.data, config.train.seed), trained.label_names, "the adapter")
     say(f"data        {text.origin}, {len(text.test.texts):,} test texts")
-    if len(text.label_names) != len(trained.label_names):
-        raise ConfigError(f"{text.origin} has {len(text.label_names)} classes, the adapter {len(trained.label_names)}")
-    return text.test
+    return text.cleaned(config.data.cleaning).test
 
 
 def check_arguments(arguments: Arguments) -> None:

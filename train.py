@@ -23,6 +23,7 @@ from lora.inject import inject_lora
 from lora.peft_format import load_adapter, save_adapter
 from roberta.weights import load_checkpoint
 from training.checkpoint import TrainState
+from training.classes import write_names
 from training.command_line import run_command
 from training.config import RunConfig, TrainConfig, parse_command_line
 from training.distributed import ALONE, World, join
@@ -163,13 +164,14 @@ def out_of_patience(state: TrainState, patience: int) -> bool:
 
 
 def save_run_adapter(model: nn.Module, inputs: Inputs, recorder: Recorder) -> None:
-    """Write the adapter as it is now into the run folder, with the tokenizer. Only process 0 writes."""
+    """Write the adapter as it is now into the run folder, with tokenizer and class names. Only process 0 writes."""
     if recorder.world.is_main:
         # A new head is not in the base checkpoint: it is saved completely, also where it is only partly trained.
         also = ("classifier",) if inputs.new_head else ()
         folder = recorder.folder.adapter
         save_adapter(model, folder, base_model=inputs.checkpoint.name, task_type="SEQ_CLS", also=also)
         inputs.tokenizer.save(folder)
+        write_names(recorder.folder.adapter_labels, inputs.text.label_names)
 
 
 def train(config: RunConfig, world: World = ALONE) -> int:

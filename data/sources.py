@@ -115,6 +115,17 @@ class LabelledText:
         splits = (Split([*map(clean, split.texts)], split.labels) for split in (self.train, self.validation, self.test))
         return LabelledText(*splits, self.label_names, self.origin)
 
+    def relabelled(self, names: tuple[str, ...]) -> LabelledText:
+        """The same data set with its classes in the order of `names`, a permutation of its own."""
+        order = [self.label_names.index(name) for name in names]
+
+        def moved(split: Split) -> Split:
+            labels = [tuple(y[i] for i in order) if isinstance(y, tuple) else order.index(y) for y in split.labels]
+            return Split(split.texts, labels)
+
+        splits = {name: moved(getattr(self, name)) for name in ("train", "validation", "test")}
+        return dataclasses.replace(self, **splits, label_names=names)
+
 
 @dataclass(frozen=True)
 class _Row:
@@ -317,8 +328,8 @@ def _file_label(row: dict[str, Any], column: str, where: str) -> str:
     return str(label).strip()
 
 
-def _listed(names: Iterable[Any]) -> str:
-    """Up to a dozen names from a file, for an error message of one line."""
+def listed(names: Iterable[Any]) -> str:
+    """Up to a dozen names from a file, for a message of one line."""
     shown = [" ".join(str(name).split())[:80] for name in names]
     return ", ".join(shown[:12]) + (", ..." if len(shown) > 12 else "") if shown else "none"
 
@@ -330,8 +341,7 @@ def _check_columns(wanted: tuple[str, ...], found: Iterable[str], where: str) ->
         if (count := found.count(name)) != 1:
             problem = f"{count} columns {name!r}" if count else f"no column {name!r}"
             raise DataError(
-                f"{where}: {problem}; there are {_listed(found)}; "
-                "name the ones to read by text_columns and label_column"
+                f"{where}: {problem}; there are {listed(found)}; name the ones to read by text_columns and label_column"
             )
 
 
@@ -463,7 +473,7 @@ def _assemble(
     def split(rows: list[_Row]) -> Split:
         for row in rows:
             if row.label not in numbers:
-                raise DataError(f"{row.where}: unknown label {row.label!r}; there are {_listed(names)}")
+                raise DataError(f"{row.where}: unknown label {row.label!r}; there are {listed(names)}")
         return Split([row.text for row in rows], [numbers[row.label] for row in rows])
 
     train_split = split(train)

@@ -1,8 +1,10 @@
 """evaluate.py from the command line: test scores, texts, merging, export, adapters written by peft."""
 
+import copy
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import peft
 import pyarrow
@@ -12,6 +14,12 @@ import torch
 import transformers
 
 from evaluate import Arguments, evaluate
+from lora.config import LoRAConfig
+from lora.inject import inject_lora
+from lora.peft_format import save_adapter
+from roberta.config import RobertaConfig
+from roberta.tokenizer import TextTokenizer
+from roberta.weights import load_checkpoint, save_checkpoint
 from tests.conftest import tiny_rows
 from train import train
 from training.command_line import EXIT_BAD_INPUT, parse_options, run_command
@@ -106,6 +114,118 @@ def test_an_adapter_that_peft_wrote(command, tiny_checkpoint, tiny_config, tmp_p
     assert code == 0 and "test accuracy" in out
     code, _, err = command(tmp_path / "theirs", "--base", tiny_checkpoint)
     assert code == EXIT_BAD_INPUT and "--config" in err
+
+
+def self_labelled(folder, tiny_checkpoint, base_names, own_head, stored, file_names):
+    """A base with a head of `base_names`, an adapter over it, and settings of texts labelled by its own answers.
+
+    The answer 0 is called file_names[0] there, 1 file_names[1].
+    """
+    config = RobertaConfig.from_file(tiny_checkpoint / "config.json")
+    base = load_checkpoint(tiny_checkpoint, dataclasses.replace(config, label_names=base_names))
+    tokenizer = TextTokenizer.from_directory(tiny_checkpoint, 16)
+    lora = LoRAConfig(modules_to_save=("classifier",) if own_head else ())
+    model = inject_lora(copy.deepcopy(base), lora)
+    texts = [text for _, text in tiny_rows(30)]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.normal_(std=0.1)
+        ids = [torch.tensor([ids]) for ids in tokenizer.encode_batch(texts)]
+        logits = torch.cat([model.eval()(row, torch.ones_like(row)) for row in ids])
+        shift = (logits[:, 0] - logits[:, 1]).median()  # so that half of the answers are 1
+        for head in (base.classifier, model.classifier):
+            head.out_proj.bias[1] += shift + 1e-4
+    save_checkpoint(base, folder / "base", tokenizer)
+    save_adapter(model, folder / "adapter", task_type="SEQ_CLS" if own_head else None)
+    if stored:
+        (folder / "adapter" / "labels.json").write_text(json.dumps(stored))
+    answers = (logits[:, 0] < logits[:, 1] + shift + 1e-4).tolist()
+    rows = [f"{file_names[answer]},{text}" for answer, text in zip(answers, texts, strict=True)]
+    (folder / "own.csv").write_text("\n".join(["label,text", *rows]))
+    (folder / "own.toml").write_text(f'[data]\nsource = "{folder}/own.csv"\ntest_file = "{folder}/own.csv"\n')
+    return folder / "adapter", "--base", folder / "base", "--config", folder / "own.toml"
+
+
+NUMBERED, FRUIT, MOOD, MAIL = ("LABEL_0", "LABEL_1"), ("zebra", "apple"), ("negative", "positive"), ("spam", "ham")
+
+
+@pytest.mark.parametrize(
+    ("base_names", "own_head", "stored", "file_names", "says"),
+    [
+        (FRUIT, True, None, FRUIT, "zebra, apple: in the order of the base checkpoint"),
+        (FRUIT, False, None, FRUIT, "zebra, apple: in the order of the base checkpoint"),
+        (NUMBERED, True, FRUIT, FRUIT, "zebra, apple: in the order of the adapter"),
+        (MOOD, True, FRUIT, FRUIT, "zebra, apple: in the order of the adapter"),
+        (MOOD, True, FRUIT, FRUIT[::-1], None),  # the same names, and every answer is wrong
+        (NUMBERED, True, None, ("0", "1"), "0, 1: named by"),
+        (NUMBERED, False, None, ("0", "1"), "the base checkpoint has LABEL_0, LABEL_1"),
+        (MOOD, True, None, MAIL[::-1], "ham, spam: named by"),
+        (MOOD, True, None, MAIL[::-1], "the base checkpoint has negative, positive"),
+    ],
+)
+def test_classes_are_matched_by_name(
+    command, tiny_checkpoint, tmp_path, base_names, own_head, stored, file_names, says
+):
+    arguments = self_labelled(tmp_path, tiny_checkpoint, base_names, own_head, stored, file_names)
+    code, out, err = command(*arguments)
+    assert code == 0, err
+    assert f"test accuracy {100 if says else 0:.2f} %" in out and (says or "") in out
+    _, out, _ = command(*arguments, "--text", "oil price", "--export", tmp_path / "merged")
+    assert set(probabilities(out.splitlines()[-2])) == set(file_names)
+    exported = RobertaConfig.from_file(tmp_path / "merged" / "config.json").label_names
+    assert exported == (stored or file_names)
+
+
+@pytest.mark.parametrize(
+    ("base_names", "own_head", "stored", "file_names", "says"),
+    [
+        (MOOD, False, None, MAIL, "own.csv has 2 classes: ham, spam; the base checkpoint has 2: negative, positive; "),
+        (NUMBERED, True, FRUIT, MAIL, "own.csv has 2 classes: ham, spam; the adapter has 2: zebra, apple; "),
+        (NUMBERED, True, FRUIT, ("Zebra", "apple"), "the adapter has 2: zebra, apple (upper and lower case differ); "),
+        (NUMBERED, True, ("a", "b", "c"), ("a", "b"), "labels.json names 3 classes, but the adapter's head has 2"),
+        (NUMBERED, True, ("a", "a"), ("a", "b"), "labels.json: must be a list of different names"),
+    ],
+)
+def test_other_class_names_are_refused(
+    command, tiny_checkpoint, tmp_path, base_names, own_head, stored, file_names, says
+):
+    code, _, err = command(*self_labelled(tmp_path, tiny_checkpoint, base_names, own_head, stored, file_names))
+    assert code == EXIT_BAD_INPUT and says in err and err.count("\n") == 1, err
+
+
+def test_another_number_of_classes_is_refused(command, tiny_checkpoint, tmp_path):
+    arguments = self_labelled(tmp_path, tiny_checkpoint, MOOD, True, None, MAIL)
+    with (tmp_path / "own.csv").open("a") as file:
+        file.write("\nhoax,oil price")
+    code, _, err = command(*arguments)
+    assert code == EXIT_BAD_INPUT and "own.csv has 3 classes: ham, hoax, spam; the base checkpoint has 2: " in err
+
+
+def test_a_run_over_exchanged_data_is_refused(command, finished, tmp_path):
+    folder, _ = finished
+    config = read_config(folder / "config.toml")
+    for name in ("train", "test"):
+        text = Path(config.data.source).with_name(f"{name}.csv").read_text()
+        (tmp_path / f"{name}.csv").write_text(text.replace("sports,", "cricket,"))
+    files = {"source": str(tmp_path / "train.csv"), "test_file": str(tmp_path / "test.csv")}
+    write_config(dataclasses.replace(config, data=dataclasses.replace(config.data, **files)), folder / "config.toml")
+    code, _, err = command(folder)
+    assert code == EXIT_BAD_INPUT and "2 classes: cricket, business; the adapter has 2: sports, business; " in err
+
+
+def test_names_travel_with_the_adapter_folder(command, finished, tiny_checkpoint):
+    folder, _ = finished
+    code, out, _ = command(folder / "adapter", "--base", tiny_checkpoint, "--text", "the goal of the match")
+    assert code == 0 and out.splitlines()[-1].startswith("sports")
+    (folder / "adapter" / "labels.json").write_text('["sports", "business"]')
+    code, _, err = command(folder)
+    assert code == EXIT_BAD_INPUT and "labels.json differ" in err and err.count("\n") == 1
+    (folder / "adapter" / "labels.json").unlink()  # as in the folder of an earlier version
+    assert command(folder)[0] == 0
+    (folder / "labels.json").unlink()
+    code, _, err = command(folder)
+    assert code == EXIT_BAD_INPUT and "labels.json: can't be read (no such file)" in err
 
 
 def test_a_partly_trained_head_scores_the_same_again(command, tiny_config, tiny_data, capsys):

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train as train_module
+from evaluate import Arguments, evaluate
 from lora.linear import LoRALinear
 from lora.peft_format import load_adapter
 from roberta.tokenizer import TextTokenizer
@@ -47,7 +48,7 @@ def test_a_run_learns_and_writes_all_files(run, tiny_config, tiny_data):
     report = json.loads((folder / "report.json").read_text())
     assert report["complete"] and report["test"]["accuracy"] > 0.9
     assert f"test accuracy {100 * report['test']['accuracy']:.2f} %" in out
-    assert f"{report['trainable_parameters']:,}" in out and "evaluate.py" in out
+    assert f"{report['trainable_parameters']:,}" in out and "evaluate.py" in out and "head        new\n" in out
 
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert files == {
@@ -59,6 +60,7 @@ def test_a_run_learns_and_writes_all_files(run, tiny_config, tiny_data):
         "README.md",
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
+        "adapter/labels.json",
         "adapter/tokenizer.json",
         "adapter/tokenizer_config.json",
         "plots/loss.png",
@@ -295,6 +297,59 @@ def test_checkpoint_with_another_head_asks_for_a_new_one(run, tiny_config, tiny_
     line = refused(run, tiny_config, "--model.checkpoint", folder)
     assert "classifier.out_proj" in line and "new_head" in line
     assert run(tiny_config, "--model.checkpoint", folder, "--model.new-head", "--train.epochs", 1)[0] == 0
+
+
+@pytest.fixture
+def finetuned(finished_run, tmp_path):
+    """The tiny run's merged model as a base checkpoint: business is logit 0, sports 1. Changes the names in it."""
+    run_command(lambda: evaluate(Arguments(run=finished_run, export=tmp_path / "base")))
+    path = tmp_path / "base" / "config.json"
+
+    def named(*names):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": dict(enumerate(names))}))
+        return path.parent
+
+    return named
+
+
+STILL = ("--train.epochs", 1, "--train.learning-rate", 1e-12)  # the model stays as it is
+
+
+@pytest.mark.parametrize(
+    ("names", "files", "says"),
+    [
+        (("zebra", "apple"), ("zebra", "apple"), "classes     zebra, apple: in the order of the checkpoint"),
+        (("apple", "zebra"), ("apple", "zebra"), "classes     apple, zebra: as in the checkpoint"),
+        (("LABEL_0", "LABEL_1"), ("0", "1"), "0, 1: named by"),
+        ((" zebra", "apple "), ("zebra", "apple"), "classes     zebra, apple: in the order of the checkpoint"),
+    ],
+)
+def test_a_head_of_the_checkpoint_keeps_its_classes(run, finetuned, tiny_config, tiny_data, names, files, says, capsys):
+    base = finetuned(*names)
+    for path in tiny_data.glob("t*.csv"):
+        path.write_text(path.read_text().replace("business,", f"{files[0]},").replace("sports,", f"{files[1]},"))
+    code, out, err = run(tiny_config, "--model.checkpoint", base, "--output", tiny_data / "new", *STILL)
+    assert code == 0, err
+    assert "head        read from the checkpoint\n" in out and says in out
+    (line,) = (line for line in out.splitlines() if line.startswith("test accuracy"))
+    assert float(line.split()[2]) > 90
+    assert json.loads((tiny_data / "new" / "adapter" / "labels.json").read_text()) == list(files)
+    evaluate(Arguments(run=tiny_data / "new"))
+    assert line in capsys.readouterr().out.splitlines()
+
+
+def test_a_head_of_other_classes_is_refused_or_replaced(run, finetuned, tiny_config, tiny_data):
+    options = (tiny_config, "--output", tiny_data / "new", *STILL, "--model.checkpoint")
+    line = refused(run, *options, finetuned("ham", "spam"))
+    assert "train.csv has 2 classes: business, sports; the checkpoint has 2: ham, spam; " in line
+    assert "(upper and lower case differ); " in refused(run, *options, finetuned("Business", "Sports"))
+    assert "the checkpoint has 3: LABEL_0, LABEL_1, LABEL_2; " in refused(
+        run, *options, finetuned("LABEL_0", "LABEL_1", "LABEL_2")
+    )
+    assert not (tiny_data / "new").exists()
+    code, out, _ = run(*options, finetuned("ham", "spam"), "--model.new-head")
+    assert code == 0 and "head        new; the checkpoint's is not used\n" in out
+    assert json.loads((tiny_data / "new" / "labels.json").read_text()) == ["business", "sports"]
 
 
 def test_the_program_imports_neither_transformers_nor_peft():

@@ -3,7 +3,7 @@
 config.toml      the settings that were used
 labels.json      names of the classes, in the order of the logits
 metrics.jsonl    one line per logged step and per evaluation
-adapter/         the best adapter so far: peft's two files and the tokenizer
+adapter/         the best adapter so far: peft's two files, the tokenizer, and labels.json again
 checkpoint/      what an exact resume needs, until the run is finished
 report.json      final scores, counts, times
 report.html      the results on one page
@@ -22,6 +22,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from training.classes import read_names, write_names
 from training.config import RunConfig, read_config, write_config
 from training.errors import ConfigError
 from training.pages import write_text_atomic
@@ -42,6 +43,7 @@ class RunFolder:
         self.labels = self.path / "labels.json"
         self.metrics = self.path / "metrics.jsonl"
         self.adapter = self.path / "adapter"
+        self.adapter_labels = self.adapter / "labels.json"
         self.checkpoints = self.path / "checkpoint"
         self.report = self.path / "report.json"
         self.html = self.path / "report.html"
@@ -94,8 +96,7 @@ class RunFolder:
         new.mkdir(parents=True)
         try:
             write_config(config, new / self.config.name)
-            names = json.dumps(label_names, ensure_ascii=False) + "\n"
-            (new / self.labels.name).write_text(names, encoding="utf-8")
+            write_names(new / self.labels.name, label_names)
             if path.exists():
                 path.rename(old)
             new.rename(path)
@@ -136,15 +137,18 @@ class RunFolder:
         if self.writes:
             write_text_atomic(self.report, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
-    def read_labels(self) -> tuple[str, ...]:
-        """The class names. Raises ConfigError if the file is missing or broken."""
-        try:
-            names = json.loads(self.labels.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{self.labels}: can't be read ({error}); is {self.path} a run folder?") from None
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ConfigError(f"{self.labels}: must be a list of names")
-        return tuple(names)
+    def read_labels(self) -> tuple[str, ...] | None:
+        """The class names in the order of the logits; None for an adapter folder without them.
+
+        The run and its adapter/ both have them, as people share the latter. Raises ConfigError if a file is broken or
+        missing from a run, or if the two differ.
+        """
+        run = self.config.is_file()
+        files = [path for path in (self.labels, self.adapter_labels) if path.exists() or (run and path == self.labels)]
+        names = {read_names(path) for path in files}
+        if len(names) > 1:
+            raise ConfigError(f"{self.labels} and {self.adapter_labels} differ; remove the one that is wrong")
+        return names.pop() if names else None
 
 
 def changed_settings(there: RunConfig, wanted: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -17,8 +17,9 @@ from data.sources import LabelledText, Split, load_source
 from roberta.config import RobertaConfig
 from roberta.files import weight_files
 from roberta.tokenizer import TextTokenizer
-from roberta.weights import has_head
+from roberta.weights import head_of
 from training.budget import check_budget
+from training.classes import match_classes
 from training.config import RunConfig, TrainConfig
 from training.distributed import World
 from training.errors import ConfigError
@@ -98,6 +99,15 @@ def load_inputs(config: RunConfig, world: World) -> Inputs:
     }
     changed = {name: value for name, value in dropouts.items() if value is not None}
     model_config = RobertaConfig.from_file(checkpoint.directory / "config.json")
+    head = head_of(checkpoint.directory)
+    new_head = config.model.new_head or head != "ours"
+    if new_head:
+        unused = {"none": "", "ours": "; the checkpoint's is not used"}
+        say(f"head        new{unused.get(head, f'; not used of the checkpoint: {head}')}")
+    else:
+        say("head        read from the checkpoint")
+        names = model_config.label_names
+        text = match_classes(text, names, "the checkpoint", fix="rename the labels, or add --model.new-head")
     # The data decides: a head that the checkpoint already has is trained further by the loss that fits the labels.
     kind = "multi_label_classification" if text.multi_label else "single_label_classification"
     model_config = dataclasses.replace(model_config, label_names=text.label_names, problem_type=kind, **changed)
@@ -119,7 +129,6 @@ def load_inputs(config: RunConfig, world: World) -> Inputs:
     texts = (1 + augmentation.n_aug) * len(text.train.labels)
     batches = -(-texts // settings.batch_size)
     steps_per_epoch = -(-batches // settings.accumulation_steps)
-    new_head = config.model.new_head or not has_head(checkpoint.directory)
     return Inputs(text, checkpoint, model_config, tokenizer, splits, new_head, steps_per_epoch)
 
 

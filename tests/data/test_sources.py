@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from data.errors import DataError
-from data.sources import AG_NEWS_LABELS, DataConfig, load_source, read_unlabelled
+from data.sources import AG_NEWS_LABELS, DataConfig, LabelledText, Split, load_source, read_unlabelled
 
 
 def write(path, text):
@@ -227,6 +227,14 @@ def test_named_sets_have_their_published_sizes(name, train, test, classes):
         pytest.skip(f"not cached and can't be fetched: {error}")
     assert len(text.train.texts) + len(text.validation.texts) == train
     assert len(text.test.texts) == test and len(text.label_names) == classes
+
+
+def test_classes_in_another_order():
+    """Labels move with their names: class numbers, and one 0 or 1 per class."""
+    for labels, expected in (([0, 2, 1], [1, 0, 2]), ([(1, 0, 0), (0, 1, 1)], [(0, 1, 0), (1, 0, 1)])):
+        split = Split(["x", "y", "z"][: len(labels)], labels)
+        text = LabelledText(split, split, split, ("a", "b", "c"), "here").relabelled(("c", "a", "b"))
+        assert (text.label_names, text.train.labels, text.test.labels) == (("c", "a", "b"), expected, expected)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def survived(trial):
 
 def test_a_run_survives_a_full_disk(campaign):
     events = campaign.undisturbed.events
-    for name in ("open labels.json", "save_file", "open adapter_config.json.part", "open report.json.part"):
+    for name in ("open labels.json.part", "save_file", "open adapter_config.json.part", "open report.json.part"):
         last = len(events) - 1 - events[::-1].index(name)
         trial = campaign.trial(last, campaign.fill, says="the disk is full")
         assert survived(trial), trial
