@@ -57,13 +57,15 @@ class Arguments:
     file: Path | None = None
     """A file of texts to classify, one per line."""
     predict: Path | None = None
-    """A CSV, TSV, JSONL or Parquet file of texts without labels, to be classified into --out."""
+    """A file of texts without labels, in a format that training files have, to be classified into --out."""
     out: Path | None = None
     """Where --predict writes: a CSV file with the columns ID and label."""
     text_columns: tuple[str, ...] = ()
     """For --predict: the columns of the text, joined by a space; those of the run, or "text", unless given."""
     id_column: str | None = None
     """For --predict: the column of the ID; id or ID if there is one, else the row's number from 0, unless given."""
+    encoding: str = "utf-8"
+    """For --predict: the encoding of a text file; a byte-order mark takes precedence."""
     indices: bool = False
     """For --predict: write the number of the class instead of its name."""
     speed: bool = False
@@ -216,7 +218,9 @@ def write_predictions(trained: Trained, arguments: Arguments) -> None:
     source, out = arguments.predict, arguments.out
     assert source is not None and out is not None, "checked by check_arguments"
     columns = arguments.text_columns or trained.config.data.text_columns
-    ids, texts = read_unlabelled(source, columns, arguments.id_column)
+    ids, texts, notes = read_unlabelled(source, columns, arguments.id_column, arguments.encoding)
+    for note in notes:
+        say(f"            {note}")
     predicted = classify(trained, texts).argmax(dim=1).tolist()
     with atomic_write(out) as part, part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -1,4 +1,4 @@
-"""Labelled text: named data sets, and any CSV, TSV, JSONL or Parquet file.
+"""Labelled text: named data sets, and files of any format of data/files.py.
 
 Every source gives texts and label numbers for train, validation and test. Every row is checked as it is read; a bad row
 is reported with its file and number, never skipped.
@@ -6,10 +6,11 @@ is reported with its file and number, never skipped.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
+import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,18 +21,28 @@ from data.assets import HubFailure, ask_hub, fetch_text_files, hub_is_reachable,
 from data.augmentation import AugmentationConfig
 from data.cleaning import CleaningConfig, make_cleaner
 from data.errors import DataError
+from data.files import (
+    FORMATS,
+    ID_COLUMNS,
+    Found,
+    csv_records,
+    is_readable,
+    is_text,
+    listed,
+    read_lines,
+    read_rows,
+    saved_splits,
+)
 
 AG_NEWS_LABELS = ("World", "Sports", "Business", "Sci/Tech")
 _AG_NEWS_ON_HUB = "fancyzhx/ag_news"
+_AG_NEWS_HEADER = ["class index", "title", "description"]  # of Kaggle's copy; the original has none
 # Number of classes of each named data set.
 LABELS_OF_NAMED_SOURCES = {"ag_news": 4, "reuters-r8": 8, "reuters-r52": 52, "20newsgroups": 20}
 _TAB_FILES = ("reuters-r8", "reuters-r52", "20newsgroups")
-# Limit on a row of a file, in bytes; at most 512 tokens of a text are read.
-_LONGEST_ROW = 10_000_000
-# A Parquet file of n bytes may unpack to 1000 n + 64 MiB; that of news text unpacks to 3 n to 10 n.
-_UNPACKED_RATIO, _UNPACKED_MINIMUM = 1000, 1 << 26
-_ID_COLUMNS = ("id", "ID")
-_FILE_SETTINGS = ("test_file", "validation_file", "text_columns", "label_column")
+_FILE_SETTINGS = ("test_file", "validation_file", "text_columns", "label_column", "encoding")
+# A number written with a decimal point.
+_DECIMAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+)")
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,8 @@ class DataConfig:
     """Labelled text, and how it becomes tokens and batches."""
 
     source: str = "ag_news"
-    """ag_news, reuters-r8, reuters-r52, 20newsgroups, or a training file (.csv, .tsv, .jsonl, .parquet)."""
+    """ag_news, reuters-r8, reuters-r52, 20newsgroups, or a training file: .csv, .tsv, .txt, .json, .jsonl (each also as
+    .gz), .parquet, or a folder that datasets' save_to_disk wrote."""
     directory: str | None = None
     """For ag_news: a folder with its original train.csv and test.csv, instead of the hub."""
     test_file: str | None = None
@@ -50,6 +62,8 @@ class DataConfig:
     """For a training file: the columns of the text, joined by a space."""
     label_column: str = "label"
     """For a training file: the column of the label, a name or a number."""
+    encoding: str = "utf-8"
+    """For a training file of text: the encoding of the files, such as cp1252; a byte-order mark takes precedence."""
     validation_fraction: float = 0.1
     """Share of the training rows held out to validate on."""
     train_rows: int | None = None
@@ -93,6 +107,17 @@ class LabelledText:
     label_names: tuple[str, ...]
     origin: str
     """Where it came from, for display."""
+    notes: tuple[str, ...] = ()
+    """What the reader decided or noticed, one line each."""
+
+    def class_counts(self) -> str:
+        """Training texts per class, the largest class first: "good: 16, bad: 15"."""
+        names = self.label_names
+        counts = Counter(dict.fromkeys(names, 0))
+        for label in self.train.labels:
+            counts.update(itertools.compress(names, label) if self.multi_label else [names[label]])
+        shown = [f"{listed([name])}: {count:,}" for name, count in counts.most_common()]
+        return ", ".join(shown if len(shown) < 12 else [*shown[:8], f"{len(shown) - 9} more", shown[-1]])
 
     @property
     def multi_label(self) -> bool:
@@ -113,7 +138,7 @@ class LabelledText:
         """The same data set with every text cleaned."""
         clean = make_cleaner(config)
         splits = (Split([*map(clean, split.texts)], split.labels) for split in (self.train, self.validation, self.test))
-        return LabelledText(*splits, self.label_names, self.origin)
+        return LabelledText(*splits, self.label_names, self.origin, self.notes)
 
     def relabelled(self, names: tuple[str, ...]) -> LabelledText:
         """The same data set with its classes in the order of `names`, a permutation of its own."""
@@ -129,7 +154,7 @@ class LabelledText:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of a file or a data set. Raises DataError if its text or label is empty."""
+    """A row of a file or a data set. Raises DataError if its text or label is empty or can't be encoded."""
 
     text: str
     label: str
@@ -141,6 +166,13 @@ class _Row:
         for name, value in (("text", self.text), ("label", self.label)):
             if not value.strip():
                 raise DataError(f"{self.where}: the {name} is empty; remove the row or fill it in")
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"{self.where}: the {name} has a lone surrogate, {value[error.start]!a}, which is half a "
+                    "character; fix the row"
+                ) from None
 
 
 def load_source(config: DataConfig, seed: int) -> LabelledText:
@@ -154,12 +186,11 @@ def load_source(config: DataConfig, seed: int) -> LabelledText:
     if config.source in _TAB_FILES:
         _refuse_settings(config, ("directory", *_FILE_SETTINGS))
         return _from_tab_files(config, seed)
-    if Path(config.source).suffix.lower() in _READERS:
-        _refuse_settings(config, ("directory",))
+    path = Path(config.source)
+    if is_readable(path):
+        _refuse_settings(config, ("directory",) if is_text(path) else ("directory", "encoding"))
         return _from_files(config, seed)
-    raise DataError(
-        f"data.source is {config.source!r}; choose ag_news, {', '.join(_TAB_FILES)}, or a file ({', '.join(_READERS)})"
-    )
+    raise DataError(f"data.source is {config.source!r}; choose ag_news, {', '.join(_TAB_FILES)}, or a file: {FORMATS}")
 
 
 def _refuse_settings(config: DataConfig, names: tuple[str, ...]) -> None:
@@ -174,19 +205,22 @@ def _refuse_settings(config: DataConfig, names: tuple[str, ...]) -> None:
 
 def _ag_news(config: DataConfig, seed: int) -> LabelledText:
     """AG News (Zhang, Zhao & LeCun 2015), from the hub or a folder with the original train.csv and test.csv."""
+    found = Found()
     if config.directory is not None:
-        train, test = (list(_ag_news_rows(Path(config.directory) / f"{name}.csv")) for name in ("train", "test"))
+        train, test = (list(_ag_news_rows(Path(config.directory) / f"{name}.csv", found)) for name in ("train", "test"))
         origin = f"ag_news ({config.directory})"
     else:
         train, test, where = _ag_news_from_hub()
         origin = f"ag_news ({_AG_NEWS_ON_HUB}, {where})"
-    return _assemble(config, seed, train, None, test, origin, AG_NEWS_LABELS)
+    return _assemble(config, seed, train, None, test, origin, AG_NEWS_LABELS, found.notes)
 
 
-def _ag_news_rows(path: Path) -> Iterator[_Row]:
-    """Rows of a file without a header: class (1 to 4), title, description. The text is title + space + description."""
+def _ag_news_rows(path: Path, found: Found) -> Iterator[_Row]:
+    """Rows of class (1 to 4), title, description, with or without a header. The text is title + space + description."""
     where = None
-    for number, fields in _csv_records(path, ","):
+    for number, fields in csv_records(path, found=found):
+        if number == 1 and [name.strip().lower() for name in fields] == _AG_NEWS_HEADER:
+            continue
         where = f"{path}, row {number}"
         if len(fields) != 3:
             raise DataError(f"{where}: {len(fields)} fields, not 3 (class, title, description); fix the row")
@@ -241,7 +275,7 @@ def _from_tab_files(config: DataConfig, seed: int) -> LabelledText:
     train, test = (
         [
             _Row(text, label.strip(), f"{path}, row {number}")
-            for number, line in enumerate(_lines(path), start=1)
+            for number, line in enumerate(read_lines(path), start=1)
             for label, _, text in [line.removesuffix("\n").partition("\t")]
             if number > 3 and line.strip()
         ]
@@ -251,52 +285,56 @@ def _from_tab_files(config: DataConfig, seed: int) -> LabelledText:
 
 
 def _from_files(config: DataConfig, seed: int) -> LabelledText:
-    """CSV, TSV, JSONL or Parquet files with the columns that `config` names."""
+    """Files with the columns that `config` names, or the splits of a folder."""
+    source, found = Path(config.source), Found()
+    files = {"train": source, "validation": config.validation_file, "test": config.test_file}
+    if splits := saved_splits(source):
+        if "train" not in splits:
+            raise DataError(f"{source}: no split 'train' but {listed(splits)}; name the folder of one")
+        for name in splits:
+            if name not in files:
+                found.notes.append(f"{source}: the split {name!r} is not used")
+            elif files[name] not in (None, source):
+                raise DataError(f"data.{name}_file has no effect: {source} has a split {name!r}; remove the setting")
+            else:
+                files[name] = source / name
+    rows, class_names = {}, ()
+    for name, path in files.items():
+        rows[name] = None if path is None else list(_file_rows(config, Path(path), found))
+        if name == "train":
+            class_names = found.class_names.get(config.label_column, ())
+    origin = config.source if rows["test"] else f"{config.source} (a tenth of it held out to test on)"
+    label_names = _distinct_labels(rows["train"], class_names)
+    return _assemble(config, seed, *rows.values(), origin, label_names, found.notes)
+
+
+def _file_rows(config: DataConfig, path: Path, found: Found) -> Iterator[_Row]:
+    """The rows of a file; what else is known of it is added to `found`."""
     texts, label = config.text_columns, config.label_column
-
-    def rows(path: str | None) -> list[_Row] | None:
-        if path is None:
-            return None
-        found = _checked_rows(Path(path), (*texts, label))
-        return [_Row(_file_text(row, texts, where), _file_label(row, label, where), where) for where, row in found]
-
-    train, validation, test = map(rows, (config.source, config.validation_file, config.test_file))
-    origin = config.source if test is not None else f"{config.source} (a tenth of it held out to test on)"
-    return _assemble(config, seed, train, validation, test, origin)
+    found.class_names.clear()  # those of another file
+    for where, row in read_rows(path, (*texts, label), config.encoding, found):
+        name = _file_label(row, label, where, found.class_names.get(label, ()))
+        yield _Row(_file_text(row, texts, where), name, where)
 
 
 def read_unlabelled(
-    path: Path, text_columns: tuple[str, ...] = ("text",), id_column: str | None = None
-) -> tuple[list[str], list[str]]:
-    """Ids and texts of a CSV, TSV, JSONL or Parquet file without labels.
+    path: Path, text_columns: tuple[str, ...] = ("text",), id_column: str | None = None, encoding: str = "utf-8"
+) -> tuple[list[str], list[str], list[str]]:
+    """Ids and texts of a file without labels, and what the reader decided or noticed, one line each.
 
     The id is the column `id_column`, else a column called id or ID if the first row has one, else the row's number
     from 0. Raises DataError, which names the file, the row and the fix.
     """
-    rows = []
-    for number, (where, row) in enumerate(_checked_rows(path, (*text_columns, *([id_column] if id_column else ())))):
+    rows, found = [], Found()
+    wanted = (*text_columns, *([id_column] if id_column else ()))
+    for number, (where, row) in enumerate(read_rows(path, wanted, encoding, found)):
         if number == 0 and id_column is None:
-            id_column = next((name for name in _ID_COLUMNS if name in row), None)
+            id_column = next((name for name in ID_COLUMNS if name in row), None)
         value = number if id_column is None else row.get(id_column)
         if _is_gap(value) or not str(value).strip():
             raise DataError(f"{where}: the ID in {id_column!r} is empty; fill it in, or name another column of IDs")
         rows.append(_Row(_file_text(row, text_columns, where), str(value), where))
-    return [row.label for row in rows], [row.text for row in rows]
-
-
-# --- files to rows ------------------------------------------------------------------------------------------------
-
-
-def _checked_rows(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Place and columns of each row of a file, read by its extension. Raises DataError if there are none."""
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{path}: unknown file format; use {', '.join(_READERS)}")
-    where = None
-    for where, row in reader(path, wanted):
-        yield where, row
-    if where is None:
-        raise DataError(f"{path}: no rows; give a file that has some")
+    return [row.label for row in rows], [row.text for row in rows], found.notes
 
 
 def _is_gap(value: Any) -> bool:
@@ -312,140 +350,28 @@ def _file_text(row: dict[str, Any], columns: tuple[str, ...], where: str) -> str
     return " ".join("" if _is_gap(row[name]) else str(row[name]) for name in columns)
 
 
-def _file_label(row: dict[str, Any], column: str, where: str) -> str:
+def _file_label(row: dict[str, Any], column: str, where: str, class_names: tuple[str, ...] = ()) -> str:
     """The label as text, so that 3 in one file and "3" in another are the same class; a gap is the empty text.
 
-    Some programs store a column of integers that has a gap as 1.0, 2.0, ...: these are integers too. Raises DataError
-    if the label is neither a name nor an integer.
+    Where the file names its classes, its numbers stand for `class_names`. Some programs store a column of integers that
+    has a gap as 1.0, 2.0, ...: these are integers, in text too. Raises DataError if the label is neither a name nor an
+    integer.
     """
     label = row[column]
     if _is_gap(label):
         return ""
-    if isinstance(label, float) and label.is_integer():
-        label = int(label)
+    if class_names:
+        if not isinstance(label, int) or not 0 <= label < len(class_names):
+            raise DataError(
+                f"{where}: {column!r} is {label!r}, not the number of a class, 0 to {len(class_names) - 1}; fix the row"
+            )
+        return class_names[label]
+    number = float(label) if isinstance(label, str) and _DECIMAL.fullmatch(label.strip()) else label
+    if isinstance(number, float):
+        label = int(number) if number.is_integer() else number
     if not isinstance(label, str | int):
         raise DataError(f"{where}: {column!r} is {label!r}, neither a name nor an integer; fix the row")
     return str(label).strip()
-
-
-def listed(names: Iterable[Any]) -> str:
-    """Up to a dozen names from a file, for a message of one line."""
-    shown = [" ".join(str(name).split())[:80] for name in names]
-    return ", ".join(shown[:12]) + (", ..." if len(shown) > 12 else "") if shown else "none"
-
-
-def _check_columns(wanted: tuple[str, ...], found: Iterable[str], where: str) -> None:
-    """Raise DataError unless each wanted column is there, once."""
-    found = list(found)
-    for name in wanted:
-        if (count := found.count(name)) != 1:
-            problem = f"{count} columns {name!r}" if count else f"no column {name!r}"
-            raise DataError(
-                f"{where}: {problem}; there are {listed(found)}; name the ones to read by text_columns and label_column"
-            )
-
-
-def _delimited(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """CSV or TSV with a header line."""
-    records = _csv_records(path, "\t" if path.suffix.lower() == ".tsv" else ",")
-    _, header = next(records, (0, []))
-    _check_columns(wanted, header, f"{path}, header")
-    for number, fields in records:
-        where = f"{path}, row {number}"
-        if len(fields) != len(header):
-            raise DataError(f"{where}: {len(fields)} fields, but the header has {len(header)}; fix the row")
-        yield where, dict(zip(header, fields, strict=True))
-
-
-def _csv_records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Number, from 1, and fields of each record that is not a blank line."""
-    csv.field_size_limit(_LONGEST_ROW)  # a field in quotes may span any number of lines
-    number = 0
-    try:
-        for number, fields in enumerate(csv.reader(_lines(path), delimiter=delimiter, strict=True), start=1):
-            if fields:
-                yield number, fields
-    except csv.Error as error:
-        raise DataError(f"{path}, row {number + 1}: {error}; fix the row's quotes or line ends") from None
-
-
-def _json_lines(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """One JSON object per line."""
-    for number, line in enumerate(_lines(path), start=1):
-        where = f"{path}, row {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
-            raise DataError(f"{where}: not JSON ({error}); fix the row") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: not a JSON object; fix the row")
-        _check_columns(wanted, row, where)
-        yield where, row
-
-
-def _parquet(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A Parquet file: the wanted columns and those of IDs."""
-    import pyarrow
-    import pyarrow.parquet
-
-    number = unpacked = 0
-    try:
-        size = _file_size(path)
-        file = pyarrow.parquet.ParquetFile(path)
-        _check_columns(wanted, file.schema_arrow.names, str(path))
-        limit = _UNPACKED_MINIMUM + _UNPACKED_RATIO * size
-        too_large = DataError(f"{path}: {size:,} bytes unpack to more than {limit:,}; split it into several files")
-        groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
-        # A value repeated a million times takes a few bytes in the file, but one Python object per row in memory.
-        if sum(group.total_byte_size for group in groups) + 64 * file.metadata.num_rows > limit:
-            raise too_large
-        columns = [name for name in dict.fromkeys(file.schema_arrow.names) if name in (*wanted, *_ID_COLUMNS)]
-        for batch in file.iter_batches(batch_size=100, columns=columns):
-            unpacked += batch.nbytes
-            if unpacked > limit:
-                raise too_large
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}, row {number}", row
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
-        # Also names and texts that are not UTF-8, and dates out of range.
-        raise DataError(f"{path}: not a Parquet file ({str(error).splitlines()[0]}); write it again") from None
-
-
-_READERS = {".csv": _delimited, ".tsv": _delimited, ".jsonl": _json_lines, ".parquet": _parquet}
-
-
-def _file_size(path: Path) -> int:
-    """Bytes of a file. Raises DataError unless it is a regular file or a link to one: pipes and devices have no end."""
-    if not path.is_file():
-        raise DataError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}; check the path")
-    return path.stat().st_size
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file, with or without a byte-order mark, each with its line end.
-
-    Raises DataError if a line has more than _LONGEST_ROW bytes: a sparse file of gigabytes would fill the memory.
-    """
-    offset = 0
-    try:
-        _file_size(path)
-        with path.open("rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(_LONGEST_ROW + 1), b""), start=1):
-                where = f"{path}, row {number}"
-                if len(line) > _LONGEST_ROW:
-                    raise DataError(f"{where}: longer than {_LONGEST_ROW:,} bytes; shorten or remove it")
-                try:
-                    text = line.decode()
-                except UnicodeDecodeError as error:
-                    byte = offset + error.start
-                    raise DataError(f"{where}: not UTF-8 (byte {byte}); save the file as UTF-8") from None
-                offset += len(line)
-                yield text.removeprefix("\ufeff") if number == 1 else text
-    except OSError as error:
-        raise DataError(f"{path}: can't be read ({error.strerror})") from None
 
 
 # --- rows to splits -----------------------------------------------------------------------------------------------
@@ -459,8 +385,9 @@ def _assemble(
     test: list[_Row] | None,
     origin: str,
     label_names: tuple[str, ...] | None = None,
+    notes: Iterable[str] = (),
 ) -> LabelledText:
-    """Number the labels, and hold out the splits that the source does not have.
+    """Number the labels, hold out the splits that the source does not have, and count texts that two splits have.
 
     The default of `label_names` is the labels of the training rows, sorted. A label that only another split has could
     not be learnt and is an error.
@@ -489,17 +416,28 @@ def _assemble(
         if config.train_rows > len(train_split.labels):
             raise DataError(f"data.train_rows is {config.train_rows}, but {origin} has {len(train_split.labels)}")
         if config.train_rows < len(train_split.labels):
-            _, train_split = _take_out(train_split, config.train_rows, seed)
-    return LabelledText(train_split, validation_split, test_split, names, origin)
+            _, train_split = _take_out(train_split, config.train_rows, seed, origin)
+    known: set[str] = set()
+    for name, texts, before in (
+        ("validation", validation_split.texts, train_split.texts),
+        ("test", test_split.texts, validation_split.texts),
+    ):
+        known.update(before)
+        if shared := sum(text in known for text in texts):
+            what = "training" if name == "validation" else "training or validation"
+            notes = (*notes, f"{shared:,} of the {len(texts):,} {name} texts are also {what} texts")
+    return LabelledText(train_split, validation_split, test_split, names, origin, tuple(notes))
 
 
-def _distinct_labels(rows: list[_Row]) -> tuple[str, ...]:
-    """The labels of the rows, sorted: by value if all are integers, else by name."""
-    labels = {row.label for row in rows}
+def _distinct_labels(rows: list[_Row], class_names: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The labels of the rows, sorted: as in `class_names`, else by value if all are integers, else by name."""
+    labels = sorted({row.label for row in rows})  # a set's order differs between processes
+    if class_names:
+        return tuple(sorted(labels, key=class_names.index))
     try:
         return tuple(sorted(labels, key=int))
     except ValueError:
-        return tuple(sorted(labels))
+        return tuple(labels)
 
 
 def _hold_out(split: Split, fraction: float, seed: int, origin: str) -> tuple[Split, Split]:
@@ -507,10 +445,10 @@ def _hold_out(split: Split, fraction: float, seed: int, origin: str) -> tuple[Sp
     size = round(fraction * len(split.labels))
     if size < 1 or len(split.labels) - size < 1:
         raise DataError(f"{origin}: {len(split.labels)} rows are too few to hold {fraction:.0%} of them out")
-    return _take_out(split, size, seed)
+    return _take_out(split, size, seed, origin)
 
 
-def _take_out(split: Split, size: int, seed: int) -> tuple[Split, Split]:
+def _take_out(split: Split, size: int, seed: int, origin: str) -> tuple[Split, Split]:
     """A split without `size` rows, and those rows: a stratified random sample that depends on `seed` alone.
 
     A class with a single row stays in the first part: it can't be in both.
@@ -520,7 +458,11 @@ def _take_out(split: Split, size: int, seed: int) -> tuple[Split, Split]:
     counts = Counter(split.labels)
     several = [row for row, label in enumerate(split.labels) if counts[label] > 1]
     classes = len({split.labels[row] for row in several})
-    size = min(size, len(several) - 1)
+    if len(several) <= size:
+        raise DataError(
+            f"{origin}: a sample of {size:,} rows needs more than the {len(several):,} in classes of two or more rows; "
+            f"there are {len(counts):,} classes; is the column of labels an ID?"
+        )
     # Stratifying needs a row of every class in both parts; where a part is smaller, the sample is not stratified.
     stratify = [split.labels[row] for row in several] if min(size, len(several) - size) >= classes else None
     _, taken = train_test_split(several, test_size=size, random_state=seed, stratify=stratify)

@@ -49,6 +49,7 @@ def test_a_run_learns_and_writes_all_files(run, tiny_config, tiny_data):
     assert report["complete"] and report["test"]["accuracy"] > 0.9
     assert f"test accuracy {100 * report['test']['accuracy']:.2f} %" in out
     assert f"{report['trainable_parameters']:,}" in out and "evaluate.py" in out and "head        new\n" in out
+    assert "training texts per class: business: 43, sports: 43" in out
 
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert files == {

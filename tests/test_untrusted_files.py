@@ -4,6 +4,7 @@ That none can run code is checked by `make lint` (ruff's rules S and TID251).
 """
 
 import contextlib
+import gzip
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from data import sources
+from data import files
 from data.errors import DataError
 from data.sources import DataConfig, load_source, read_unlabelled
 from evaluate import Arguments, evaluate
@@ -357,11 +358,11 @@ def test_a_line_of_a_gigabyte_is_refused_by_its_first_bytes(tmp_path, kind, star
     path.write_text(head if start == "after a row" else "")
     os.truncate(path, 1 << 30)
     for read in readers(path):
-        refused(DataError, rf"data\.{kind}, row [123]: longer than 10,000,000 bytes", read)
+        refused(DataError, rf"data\.{kind}, row [123]: longer than 10,000,000 characters", read)
 
 
 def test_rows_within_quotes_do_not_escape_the_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_LONGEST_ROW", 1000)
+    monkeypatch.setattr(files, "_LONGEST_ROW", 1000)
     path = tmp_path / "data.csv"
     path.write_text('text,label\n"a",b\n"a,b\n' + "c,d\n" * 2000)  # the quote is never closed
     for read in readers(path):
@@ -369,6 +370,22 @@ def test_rows_within_quotes_do_not_escape_the_limit(tmp_path, monkeypatch):
     long, high = "word " * 190, "x\n" * 400  # rows just below the limit
     path.write_text("text,label\n" + f'"{long}",b\n"{high}",c\n' * 50)
     assert len(load_source(DataConfig(source=str(path)), 0).train.texts) == 81
+
+
+def test_a_gzip_file_that_unpacks_to_many_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_UNPACKED_MINIMUM", 1 << 20)
+    path = tmp_path / "bomb.csv.gz"
+    path.write_bytes(gzip.compress(b"text,label\n" + b"a,b\n" * 1_000_000))
+    for read in readers(path):
+        refused(DataError, "bytes unpack to more than", read)
+
+
+def test_a_json_array_of_a_gigabyte(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text("[")
+    os.truncate(path, 1 << 30)
+    for read in readers(path):
+        refused(DataError, "an array of more than 268,435,456 bytes; write one object per line", read)
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])

@@ -85,6 +85,8 @@ def load_inputs(config: RunConfig, world: World) -> Inputs:
         raise ConfigError(
             'train.class_weights weights texts of one class each, and the data is multi-label; set "none"'
         )
+    for note in (f"training texts per class: {text.class_counts()}", *text.notes):
+        say(f"            {note}")
     if augmentation.n_aug:
         check_script(text.train.texts, text.origin)
         say(f"            EDA: {augmentation.n_aug} new texts of each training text, alpha {augmentation.alpha:g}")

@@ -4,6 +4,7 @@ LORABERTA_FUZZ sets the number of files per reader (`make fuzz`: 100,000); the t
 determined by its number, so a failure can be reproduced.
 """
 
+import gzip
 import json
 import os
 import random
@@ -149,26 +150,46 @@ def test_run_settings(tmp_path):
     fuzz(path, lambda: read_config(path), (ConfigError, LoRAError, DataError), mutate_bytes)
 
 
-@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "txt", "csv.gz", "jsonl", "json", "parquet", "class names"])
 def test_labelled_and_unlabelled_files(tmp_path, kind):
+    import datasets
     import pyarrow
     import pyarrow.parquet
 
-    path = tmp_path / f"data.{kind}"
+    path = tmp_path / ("data.parquet" if kind == "class names" else f"data.{kind}")
     rows = [{"id": str(i), "label": label, "text": text} for i, (label, text) in enumerate(tiny_rows(30))]
-    if kind == "parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    elif kind == "jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mark = "," if "csv" in kind else "\t"
+    lines = "\n".join(mark.join(line) for line in [rows[0], *(row.values() for row in rows)]) + "\n"
+    if path.suffix == ".parquet":
+        if kind == "class names":
+            datasets.Dataset.from_list(rows).class_encode_column("label").to_parquet(path)
+        else:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif kind in ("jsonl", "json"):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows) if kind == "jsonl" else json.dumps(rows))
     else:
-        mark = "," if kind == "csv" else "\t"
-        path.write_text("\n".join(mark.join(line) for line in [rows[0], *(row.values() for row in rows)]) + "\n")
+        content = lines.encode("utf-16" if kind == "txt" else "utf-8")
+        path.write_bytes(gzip.compress(content) if kind == "csv.gz" else content)
 
     def read():
         read_unlabelled(path)
         load_source(DataConfig(source=str(path)), 0)
 
     fuzz(path, read, DataError, mutate_bytes)
+
+
+@pytest.mark.parametrize(
+    "file", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow", "../dataset_dict.json"]
+)
+def test_folders_that_datasets_saved(tmp_path, file):
+    import datasets
+
+    rows = [{"label": label, "text": text} for label, text in tiny_rows(30)]
+    data = datasets.Dataset.from_list(rows).class_encode_column("label")
+    datasets.DatasetDict({"train": data}).save_to_disk(tmp_path)
+    config = DataConfig(source=str(tmp_path))
+    mutations = [mutate_bytes] if file.endswith(".arrow") else [mutate_json, mutate_bytes]
+    fuzz((tmp_path / "train" / file).resolve(), lambda: load_source(config, 0), DataError, *mutations)
 
 
 def test_classic_ag_news_files(tmp_path):
