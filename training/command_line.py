@@ -12,6 +12,7 @@ import difflib
 import errno
 import io
 import itertools
+import re
 import typing
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
@@ -95,6 +96,7 @@ def parse_options(kind: type[Options], arguments: list[str], *, prog: str, defau
         lines = [line.strip("│|─- ") for line in box.getvalue().splitlines()[1:]]
         error = " ".join(itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines)))
         error = error.removeprefix("Error parsing ").removesuffix(".")
+        error = re.sub(r"^(\S+): (?=\1[.:])", "", error)  # tyro puts the section before an error that names it
         error = error.replace("invalid literal for int() with base 10:", "not an integer:")
         error = error.replace("could not convert string to float:", "not a number:")
         raise ConfigError(f"command line: {error}; --help lists the options") from None

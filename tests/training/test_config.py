@@ -85,8 +85,8 @@ def test_bad_file_is_one_line_naming_file_and_field(toml, text, says):
         (["--train.lerning-rate=2", "--lora.rnak", "3"], "did you mean --train.learning-rate or --lora.rank?"),
         (["--data.cleaning.no-htlm"], "did you mean --data.cleaning.html?"),
         (["--train.precision", "int8"], "invalid choice 'int8' for argument '--train.precision'"),
-        (["--lora.rank", "0"], "rank is 0"),
-        (["--train.epochs", "0"], "epochs is 0"),
+        (["--lora.rank", "0"], "command line: lora: rank is 0;"),
+        (["--train.epochs", "0"], "command line: train.epochs is 0;"),
         (["no_such.toml"], "no_such.toml"),
     ],
 )
