@@ -27,6 +27,7 @@ from cpu import speed_up
 from data.assets import fetch_checkpoint
 from data.batching import EncodedSplit, encode_split, evaluation_batches
 from data.cleaning import make_cleaner
+from data.errors import DataError
 from data.sources import LabelledText, Split, listed, load_source, read_unlabelled
 from lora.files import atomic_write
 from lora.inject import merge_lora, unload_lora
@@ -119,7 +120,12 @@ def load_trained(arguments: Arguments) -> Trained:
     base = arguments.base or (config.model.checkpoint if is_run else read_base_model(adapter))
     if base is None:
         raise ConfigError(f"{adapter}/adapter_config.json names no base model; give it with --base")
-    checkpoint = fetch_checkpoint(base)
+    try:
+        checkpoint = fetch_checkpoint(base)
+    except DataError as error:
+        if arguments.base:
+            raise
+        raise DataError(f"{error}; if the base model has moved, name its folder with --base") from None
     say(f"checkpoint  {checkpoint.origin}")
     say(f"adapter     {adapter}")
 
@@ -130,13 +136,13 @@ def load_trained(arguments: Arguments) -> Trained:
     head_in_adapter = {name for name in shapes if name.startswith("classifier.")}
     head = {f"classifier.{layer}.{kind}" for layer in ("dense", "out_proj") for kind in ("weight", "bias")}
     new_head = not has_head(checkpoint.directory) or head_in_adapter >= head
+    model = load_checkpoint(checkpoint.directory, model_config, new_head=new_head)
+    load_adapter(model, adapter)  # first, as it names the likely cause where the keys are another model's
     if new_head and head_in_adapter < head:
         raise ConfigError(
             f"{adapter}: neither the adapter nor {checkpoint.directory} holds "
             f"{', '.join(sorted(head - head_in_adapter))}; train the head, or name the fine-tuned base with --base"
         )
-    model = load_checkpoint(checkpoint.directory, model_config, new_head=new_head)
-    load_adapter(model, adapter)
 
     precision = arguments.precision or config.train.precision
     compute = choose_compute(dataclasses.replace(config.train, device=arguments.device, precision=precision))

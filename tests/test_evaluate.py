@@ -115,6 +115,11 @@ def test_an_adapter_that_peft_wrote(command, tiny_checkpoint, tiny_config, tmp_p
     code, _, err = command(tmp_path / "theirs", "--base", tiny_checkpoint)
     assert code == EXIT_BAD_INPUT and "--config" in err
 
+    settings = tmp_path / "theirs" / "adapter_config.json"
+    settings.write_text(settings.read_text().replace(str(tiny_checkpoint), "/moved/elsewhere"))
+    code, _, err = command(tmp_path / "theirs", "--text", "oil")
+    assert code == EXIT_BAD_INPUT and "'/moved/elsewhere': no such folder" in err and "with --base" in err
+
 
 def self_labelled(folder, tiny_checkpoint, base_names, own_head, stored, file_names):
     """A base with a head of `base_names`, an adapter over it, and settings of texts labelled by its own answers.
