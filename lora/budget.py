@@ -57,7 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     question = parser.add_mutually_exclusive_group()
     question.add_argument("--rank", type=int, default=8, help="count the parameters at this rank (default 8)")
     question.add_argument("--budget", type=int, default=None, help="list the largest ranks that train at most this")
-    parser.add_argument("--targets", nargs="+", metavar="NAME", help="default query key value; with --budget many sets")
+    parser.add_argument(
+        "--targets",
+        nargs="+",
+        metavar="NAME",
+        help="all-linear or names; default query key value; with --budget many sets",
+    )
+    parser.add_argument("--exclude", nargs="+", metavar="NAME", help="layers not to adapt")
     parser.add_argument("--labels", type=int, default=4, help="number of classes (default 4, as in AG News)")
     parser.add_argument("--head", choices=HEADS, help="how much of the head is trained (default full)")
     parser.add_argument("--layers", type=int, nargs="+", metavar="N", help="layers to adapt (default all)")
@@ -87,6 +93,7 @@ def _config(options: argparse.Namespace, targets: Sequence[str], head: str) -> L
     return LoRAConfig(
         rank=options.rank,
         target_modules=tuple(targets),
+        exclude_modules=tuple(options.exclude) if options.exclude else None,
         layers_to_transform=tuple(options.layers) if options.layers else None,
         bias=options.bias,
         modules_to_save=HEADS[head],

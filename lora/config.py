@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from lora.adapter import Adapter
 from lora.linear import LoRALinear
-from lora.targets import pattern_value
+from lora.targets import ALL_LINEAR, HEAD_NAMES, expressions, matches, pattern_value
 
 
 class LoRAError(ValueError):
@@ -24,7 +24,7 @@ class LoRAConfig:
 
     Raises LoRAError for a rank below 1, an alpha of 0 or less, a dropout outside [0, 1), an unknown bias, no target or
     no layer at all, what is not a regular expression, or layers chosen by number together with a regular expression
-    (which can name its layers itself).
+    (which can name its layers itself) or with "all-linear".
     """
 
     peft_type: ClassVar[str] = "LORA"
@@ -37,9 +37,14 @@ class LoRAConfig:
     dropout: float = 0.0
     """Probability of zeroing an input of the update, during training [lora_dropout]."""
     target_modules: tuple[str, ...] | str = ("query", "key", "value")
-    """Linear layers to adapt: names or ends of names, or one regular expression for the whole name."""
+    """Linear layers to adapt: names or ends of names, one regular expression for the whole name, or "all-linear": all
+    outside `modules_to_save` and a head called classifier or score."""
+    exclude_modules: tuple[str, ...] | str | None = None
+    """Layers that are not adapted although `target_modules` selects them, named likewise."""
     layers_to_transform: tuple[int, ...] | None = None
     """Numbers of the encoder layers to adapt; None adapts all."""
+    layers_pattern: tuple[str, ...] | str | None = None
+    """Names of the lists, such as "layer", whose layers `layers_to_transform` counts; None counts in any."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Ranks of single modules, by a regular expression for the end of the name."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -61,7 +66,26 @@ class LoRAConfig:
             use_rslora=self.use_rslora,
         )
 
+    def selects(self, name: str) -> bool:
+        """Whether the linear layer `name` is to be adapted, unless it is in one of `modules_to_save`."""
+        if self.exclude_modules and matches(self.exclude_modules, name):
+            return False
+        if self.target_modules == ALL_LINEAR:
+            return name.partition(".")[0] not in HEAD_NAMES
+        return matches(self.target_modules, name, self.layers_to_transform, self.layers_pattern)
+
+    def unmatched_patterns(self, names: Collection[str]) -> list[str]:
+        """The `rank_pattern` and `alpha_pattern` that match none of `names`, as texts for a message."""
+        return [
+            f"{field} {pattern!r}"
+            for field in ("rank_pattern", "alpha_pattern")
+            for pattern in getattr(self, field)
+            if not any(pattern_value({pattern: True}, name, False) for name in names)
+        ]
+
     def __post_init__(self) -> None:
+        if self.target_modules == (ALL_LINEAR,):  # as the command line gives it
+            object.__setattr__(self, "target_modules", ALL_LINEAR)
         for where, rank in [("rank", self.rank), *((f"rank_pattern {k!r}", v) for k, v in self.rank_pattern.items())]:
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise LoRAError(f"lora: {where} is {rank!r}; a rank is an integer, 1 or more")
@@ -77,13 +101,14 @@ class LoRAConfig:
             raise LoRAError("lora: target_modules is empty; name at least one linear layer, for example query")
         if self.layers_to_transform is not None and not self.layers_to_transform:
             raise LoRAError("lora: layers_to_transform is empty; name at least one layer, or omit it to adapt all")
-        regex = [self.target_modules] if isinstance(self.target_modules, str) else []
-        if regex and self.layers_to_transform is not None:
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise LoRAError(
-                "lora: layers_to_transform can't be combined with a regular expression in target_modules; "
+                "lora: layers_to_transform can't be combined with all-linear or another expression in target_modules; "
                 "put the layer numbers into the expression"
             )
-        for expression in [*regex, *self.rank_pattern, *self.alpha_pattern]:
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise LoRAError("lora: layers_pattern has no effect without layers_to_transform; give both")
+        for expression in expressions(vars(self)):
             try:
                 re.compile(expression)
             except (re.error, RecursionError, OverflowError) as error:

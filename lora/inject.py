@@ -13,7 +13,7 @@ from torch import nn
 
 from lora.adapter import Adapter
 from lora.config import LoRAConfig, LoRAError
-from lora.targets import layer_index, matches
+from lora.targets import ALL_LINEAR, layer_index, matches
 
 
 def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
@@ -23,11 +23,17 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     `config.modules_to_save`. Everything else has `requires_grad = False`. The settings are stored on the model, as
     `model.adapter_config`. Returns the same model.
 
-    Raises LoRAError, before anything is changed, if a target or a module to save matches nothing, if a target is not
-    an `nn.Linear`, or if the model carries adapters already.
+    Raises LoRAError, before anything is changed, if a setting that names modules matches none, if a target is not an
+    `nn.Linear`, or if the model carries adapters already.
     """
     if adapters(model):
         raise LoRAError("this model carries adapters already; unload them first, or start from a fresh model")
+    check_names(model, config)
+    return wrap_targets(model, config)
+
+
+def wrap_targets(model: nn.Module, config: LoRAConfig) -> nn.Module:
+    """`inject_lora` without its checks: a setting that matches nothing has no effect."""
     targets = targeted_linears(model, config)
     fully_trained = fully_trained_modules(model, config)
 
@@ -52,34 +58,40 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 
 def targeted_linears(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Linear]:
-    """The layers that `config` selects, by name, in the model's order.
+    """The linear layers that `config` selects, by their names in the plain model, also if they are wrapped already.
 
-    Those that `target_modules` match, in one of `layers_to_transform` and not in a fully trained module. Raises
-    LoRAError for a target that matches no linear layer.
+    The layers of a fully trained module need no update, so they are never targets (peft's rule).
     """
+    wrapped = adapters(model)
+    fully_trained = tuple(f"{name}." for name in fully_trained_modules(model, config))
+    targets = {}
+    for name, module in model.named_modules():
+        plain = name.removesuffix(".base") if name.removesuffix(".base") in wrapped else name
+        if isinstance(module, nn.Linear) and config.selects(plain) and not f"{plain}.".startswith(fully_trained):
+            targets[plain] = module
+    return targets
+
+
+def check_names(model: nn.Module, config: LoRAConfig) -> None:
+    """Raise LoRAError for a setting that names a module or layer that `model` does not have, or not as nn.Linear."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     layers = config.layers_to_transform
-    present = {index for name in linears if (index := layer_index(name)) is not None}
+    present = {index for name in linears if (index := layer_index(name, config.layers_pattern)) is not None}
     absent = sorted(set(layers or ()) - present)
     if absent:
         have = f"layers {min(present)} to {max(present)}" if present else "no numbered layers"
         raise LoRAError(f"lora: layers_to_transform: no layer {', '.join(map(str, absent))}; the model has {have}")
 
-    # The layers of a fully trained module need no update, so they are never targets (peft's rule).
-    fully_trained = tuple(fully_trained_modules(model, config))
+    fully_trained = tuple(f"{name}." for name in fully_trained_modules(model, config))
     candidates = {
-        name: module
-        for name, module in model.named_modules()
-        if name and not any(f"{name}.".startswith(f"{full}.") for full in fully_trained)
+        name: module for name, module in model.named_modules() if name and not f"{name}.".startswith(fully_trained)
     }
-    # A regular expression is one target; names are looked up one by one, so that each can be found missing.
-    targets = config.target_modules
-    found: set[str] = set()
-    # `matches` reads a string as a regular expression, so a plain name is passed as a 1-tuple.
-    for target in [targets] if isinstance(targets, str) else [(name,) for name in targets]:
-        hits = [name for name in candidates if matches(target, name, layers)]
-        shown = repr(target if isinstance(target, str) else target[0])
-        if not hits:
+    for shown, one in _each(config.exclude_modules or ()):
+        if not (hits := [name for name in candidates if matches(one, name)]):
+            raise LoRAError(f"lora: exclude_modules: {shown} matches no module; there are {_endings(linears)}")
+        candidates = {name: module for name, module in candidates.items() if name not in hits}
+    for shown, one in () if config.target_modules == ALL_LINEAR else _each(config.target_modules):
+        if not (hits := [name for name in candidates if matches(one, name, layers, config.layers_pattern)]):
             raise LoRAError(f"lora: target_modules: {shown} matches no linear layer; there are {_endings(linears)}")
         for name in hits:
             if name not in linears:
@@ -87,8 +99,16 @@ def targeted_linears(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Linea
                     f"lora: target_modules: {shown} matches {name}, a {type(candidates[name]).__name__}; "
                     f"adapters wrap nn.Linear: {_endings(linears)}"
                 )
-        found.update(hits)
-    return {name: linear for name, linear in linears.items() if name in found}
+    adapted = targeted_linears(model, config)
+    if not adapted:
+        raise LoRAError(f"lora: target_modules: {config.target_modules!r} matches no linear layer that may be adapted")
+    for pattern in config.unmatched_patterns(adapted):
+        raise LoRAError(f"lora: {pattern} matches no adapted layer; there are {_endings(adapted)}")
+
+
+def _each(names: str | Iterable[str]) -> list[tuple[str, str | tuple[str]]]:
+    """A regular expression, or each of several names, as shown in a message and as `matches` takes it."""
+    return [(repr(names), names)] if isinstance(names, str) else [(repr(name), (name,)) for name in names]
 
 
 def fully_trained_modules(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:

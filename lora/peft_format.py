@@ -8,7 +8,7 @@ What is written here, `peft.PeftModel.from_pretrained` loads, and the other way 
     base_model.model.roberta.encoder.layer.0.attention.self.query.base_layer.bias    a trained bias of an adapted layer
     base_model.model.classifier.out_proj.weight                                      a module trained fully
 
-Source: the files of peft 0.10 to 0.21; tests/parity/test_adapters.py holds both directions.
+Source: the files of peft 0.4 to 0.21; tests/parity/test_adapters.py holds both directions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ from torch import nn
 from lora.adapter import Adapter
 from lora.config import LoRAConfig, LoRAError
 from lora.files import atomic_write
-from lora.inject import adapters, fully_trained_modules, inject_lora, targeted_linears
-from lora.targets import matches
-from lora.untrusted import check_settings, non_float_tensors, open_weights, read_json
+from lora.inject import adapters, fully_trained_modules, targeted_linears, wrap_targets
+from lora.targets import HEAD_NAMES, expressions, matches
+from lora.untrusted import check_expressions, check_settings, non_float_tensors, open_weights, read_json
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -37,12 +37,15 @@ _PREFIX = "base_model.model."
 
 # Fields of peft's file that say nothing about the function computed: where it came from, or how to initialise it.
 _WITHOUT_EFFECT = set(
-    "auto_mapping base_model_name_or_path inference_mode init_lora_weights loftq_config megatron_core peft_type "
-    "peft_version revision runtime_config task_type qalora_group_size".split()
+    "auto_mapping base_model_name_or_path corda_config eva_config inference_mode init_lora_weights loftq_config "
+    "lora_ga_config megatron_core peft_type peft_version revision runtime_config task_type qalora_group_size".split()
 )
-_WRAPPER_PARTS = (".original_module.", ".modules_to_save.")
-# peft adds both names to modules_to_save for every classifier; a model has the one or the other.
-_HEAD_NAMES = ("classifier", "score")
+# Values of init_lora_weights after which peft's base weights have the same bits as before. Others (PiSSA, OLoRA, CorDA,
+# LoftQ, LoRA-GA) change them, so the update alone is not the model.
+_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+# Parts that torch.compile, DistributedDataParallel, FSDP and peft itself (with its usual name of an adapter) put into
+# the names of parameters.
+_WRAPPER_PARTS = {"_orig_mod", "module", "_fsdp_wrapped_module", "modules_to_save", "default"}
 
 
 def save_adapter(
@@ -93,7 +96,9 @@ def save_adapter(
 def load_adapter(model: nn.Module, directory: str | Path) -> LoRAConfig:
     """Give `model` the adapters of a folder that `save_adapter` or peft wrote; returns their settings.
 
-    A model without adapters gets them by the file's settings; one that has them must have the same ones.
+    A model without adapters gets them by the file's settings, of which all that select layers must agree with the
+    layers in the file; one that has adapters must have the same ones. Warns of a `rank_pattern` or `alpha_pattern` that
+    matches none.
 
     Raises LoRAError, before the model is changed, if a file is missing or broken, if the settings ask for what is not
     done here, if the adapters don't fit the model, or if a tensor is missing (the head included), unexpected, of
@@ -111,31 +116,35 @@ def load_adapter(model: nn.Module, directory: str | Path) -> LoRAConfig:
     wanted = _saved_parameters(model, config, planned)
     optional = {_key(name, planned): parameter for name, parameter in model.named_parameters()}
     with open_weights(path) as file:
-        # With bias="all" peft writes the biases of fully trained modules twice more, under its wrapper's names.
-        held = {key for key in file.keys() if not any(part in key for part in _WRAPPER_PARTS)}
+        held = _plain_keys(file.keys(), wanted.keys() | optional.keys())
         biases = {key for key in wanted if key.endswith(".base_layer.bias")}
-        if config.bias == "lora_only" and biases and not biases & held:
+        if config.bias == "lora_only" and biases and not biases & held.keys():
             # Early peft versions (0.10 among them) train these biases and then forget to save them.
             warnings.warn(
                 f"{path}: holds none of the biases that were trained; the base model's are used", stacklevel=2
             )
             wanted = {key: parameter for key, parameter in wanted.items() if key not in biases}
-        _refuse(path, "lacks", set(wanted) - held, "the adapter is not whole; save it again with its head and biases")
+        missing = wanted.keys() - held.keys()
         # Frozen parameters that the base checkpoint lacks (see `save_adapter`).
-        wanted |= {key: optional[key] for key in held - set(wanted) if key in optional}
-        _refuse(path, "holds unexpected", held - set(wanted), "adapter_config.json describes another adapter")
-        kinds = [f"{key} ({kind})" for key, kind in non_float_tensors(file).items() if key in wanted]
+        wanted |= {key: optional[key] for key in held if key in optional}
+        _refuse_mismatch(path, missing, held.keys() - wanted.keys())
+        stored = {held[key]: key for key in wanted}
+        kinds = [f"{key} ({kind})" for key, kind in non_float_tensors(file).items() if key in stored]
         _refuse(path, "holds no floating-point numbers in", kinds, "train the adapter without quantization")
-        shapes = {key: (file.get_slice(key).get_shape(), list(parameter.shape)) for key, parameter in wanted.items()}
+        shapes = {
+            key: (file.get_slice(held[key]).get_shape(), list(parameter.shape)) for key, parameter in wanted.items()
+        }
         wrong = [f"{key} ({found}, not {expected})" for key, (found, expected) in shapes.items() if found != expected]
         _refuse(
             path, "has the wrong shape in", wrong, "it belongs to another base model, number of labels or configuration"
         )
-        loaded = {key: file.get_tensor(key) for key in wanted}
+        loaded = {key: file.get_tensor(held[key]) for key in wanted}
     broken = [key for key, tensor in loaded.items() if not bool(torch.isfinite(tensor.float()).all())]
     _refuse(path, "has values that are not finite in", broken, "its training failed; use another")
+    for pattern in config.unmatched_patterns(planned):
+        warnings.warn(f"{directory / CONFIG_NAME}: {pattern} matches no adapted layer", stacklevel=2)
     if not carried:
-        inject_lora(model, config)
+        wrap_targets(model, config)
     _copy(loaded, model, directory)
     return config
 
@@ -156,17 +165,34 @@ def _planned_adapters(
     model: nn.Module, config: LoRAConfig, carried: dict[str, Adapter], directory: Path
 ) -> dict[str, Adapter]:
     """The adapters that `config` asks for, on the meta device. Raises LoRAError if the model carries other ones."""
-    linears = {name: adapter.base for name, adapter in carried.items()} or targeted_linears(model, config)
     planned = {
         name: config.wrap(nn.Linear(base.in_features, base.out_features, device="meta"), name)
-        for name, base in linears.items()
+        for name, base in targeted_linears(model, config).items()
     }
-    for name, adapter in carried.items():
-        chosen = matches(config.target_modules, name, config.layers_to_transform)
-        same = type(adapter) is type(planned[name]) and adapter.settings() == planned[name].settings()
-        if not (chosen and same):
+    if not planned:
+        raise LoRAError(f"{directory / CONFIG_NAME}: target_modules matches no linear layer; it is of another model")
+    for name in carried.keys() | planned.keys() if carried else ():
+        ours, asked = carried.get(name), planned.get(name)
+        if not (ours and asked and type(ours) is type(asked) and ours.settings() == asked.settings()):
             raise LoRAError(f"{directory}: other settings than those of the model's adapter on {name}; load it afresh")
     return planned
+
+
+def _plain_keys(keys: Iterable[str], known: Collection[str]) -> dict[str, str]:
+    """Key as it is known here -> key in the file, without the parts that wrappers add.
+
+    With bias="all" peft writes the biases of fully trained modules twice more, under its wrapper's names: the key that
+    is as it should be counts. The biases of adapted layers lie where peft 0.4 to 0.6 wrote them, or newer versions.
+    """
+    plain: dict[str, str] = {}
+    for key in sorted(keys, key=lambda key: (key in known, _WRAPPER_PARTS.isdisjoint(key.split(".")))):
+        parts = [part for part in key.split(".") if part not in _WRAPPER_PARTS]
+        if key in known:
+            plain[key] = key
+        elif "original_module" not in parts:
+            early = ".".join([*parts[:-1], "base_layer", "bias"])
+            plain[early if parts[-1] == "bias" and early in known else ".".join(parts)] = key
+    return plain
 
 
 def _key(name: str, wrapped: Mapping[str, Adapter]) -> str:
@@ -232,8 +258,7 @@ def read_adapter_config(directory: str | Path, model: nn.Module | None = None) -
     for name, value in raw.items():
         if name not in known and value:
             raise LoRAError(f"{path}: {name} = {json.dumps(value)} is not supported; train the adapter without it")
-    if raw.get("init_lora_weights") not in (True, False, None, "gaussian"):
-        # PiSSA, OLoRA and the like change the base weights when they start, so the update alone is not the model.
+    if raw.get("init_lora_weights") not in _INITS:
         raise LoRAError(
             f"{path}: init_lora_weights = {raw['init_lora_weights']!r} changes the base model; not supported"
         )
@@ -247,13 +272,15 @@ def read_adapter_config(directory: str | Path, model: nn.Module | None = None) -
         values["layers_to_transform"] = (layers,) if isinstance(layers, int) else layers
     saved = values.get("modules_to_save", ())
     if raw.get("task_type") == "SEQ_CLS":  # peft trains and saves the head of every classifier; 0.10 does not say so
-        saved = (*saved, *_HEAD_NAMES)
-    parts = set(_HEAD_NAMES) if model is None else {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    values["modules_to_save"] = tuple(name for name in dict.fromkeys(saved) if name not in _HEAD_NAMES or name in parts)
+        saved = (*saved, *HEAD_NAMES)
+    names = [] if model is None else [name for name, _ in model.named_modules()]
+    parts = set(HEAD_NAMES) if model is None else {name.rpartition(".")[2] for name in names}
+    values["modules_to_save"] = tuple(name for name in dict.fromkeys(saved) if name not in HEAD_NAMES or name in parts)
+    check_expressions(path, expressions(values), names)
     try:
         return LoRAConfig(**values)
     except LoRAError as error:
-        raise LoRAError(f"{path}: {error}") from None
+        raise LoRAError(f"{path}: {str(error).removeprefix('lora: ')}") from None
 
 
 def adapter_shapes(directory: str | Path) -> dict[str, list[int]]:
@@ -262,7 +289,31 @@ def adapter_shapes(directory: str | Path) -> dict[str, list[int]]:
     Reads the header alone. Raises LoRAError if the file is missing or broken.
     """
     with open_weights(Path(directory) / WEIGHTS_NAME) as file:
-        return {key.removeprefix(_PREFIX): file.get_slice(key).get_shape() for key in file.keys()}
+        keys = _plain_keys(file.keys(), ())
+        return {plain.removeprefix(_PREFIX): file.get_slice(key).get_shape() for plain, key in keys.items()}
+
+
+def _refuse_mismatch(path: Path, missing: Collection[str], unexpected: Collection[str]) -> None:
+    """Raise LoRAError if there are such keys, with one of each and the likely cause."""
+    tails = {key.removeprefix(_PREFIX).partition(".")[2]: key for key in sorted(missing)}
+    for key in sorted(unexpected):
+        first, _, tail = (found := key.removeprefix(_PREFIX)).partition(".")
+        expected = tails.get(found) or tails.get(tail)
+        if expected:
+            part = expected.removeprefix(_PREFIX).partition(".")[0]
+            cause = "a model without a head" if found in tails else f"another class of model, with {first} for {part}"
+            raise LoRAError(
+                f"{path}: expected {expected}, found {key}; it was trained on {cause}, train it on this one"
+            )
+    if missing and unexpected:
+        _refuse(
+            path,
+            f"expected {min(missing)}, found",
+            [min(unexpected)],
+            "another adapter's settings, or its name in the keys",
+        )
+    _refuse(path, "lacks", missing, "the adapter is not whole; save it again with its head and biases")
+    _refuse(path, "holds unexpected", unexpected, "adapter_config.json describes another adapter")
 
 
 def _refuse(path: Path, problem: str, keys: Iterable[str], fix: str) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,23 @@ _MAX_JSON = _MAX_HEADER = 4 << 20  # bytes; the header of roberta-large's weight
 # More names than any encoder has layers; as many patterns as `re` caches.
 _MAX_NAMES, _MAX_PATTERNS = 1000, 250
 _FLOATS = ("F64", "F32", "F16", "BF16")
+
+_TRIAL_SECONDS = 2.0
+# Prints the number of each expression before trying it; the timer's signal ends the process.
+_TRIAL = """
+import json, re, resource, signal, sys
+seconds, expressions, names = json.load(sys.stdin)
+resource.setrlimit(resource.RLIMIT_DATA, (1 << 28, 1 << 28))
+signal.setitimer(signal.ITIMER_PROF, seconds)
+for number, expression in enumerate(expressions):
+    print(number, flush=True)
+    try:
+        compiled = re.compile(expression)
+    except (re.error, RecursionError, OverflowError):
+        continue  # LoRAConfig says what is wrong
+    for name in names:
+        compiled.match(name), compiled.fullmatch(name)
+"""
 
 
 def _check_file(path: Path, largest: int) -> None:
@@ -81,8 +100,7 @@ def non_float_tensors(file: Any) -> dict[str, str]:
 
 
 def check_settings(path: Path, raw: dict[str, Any]) -> None:
-    """Raise LoRAError unless each known field of an adapter_config.json has its type, a plausible size, and regular
-    expressions that can be matched in finite time."""
+    """Raise LoRAError unless each known field of an adapter_config.json has its type and a plausible size."""
 
     def number(value: object) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
@@ -100,7 +118,10 @@ def check_settings(path: Path, raw: dict[str, Any]) -> None:
     switches = [field.name for field in dataclasses.fields(LoRAConfig) if field.type == "bool"]
     expected = {
         **dict.fromkeys(("r", "lora_alpha", "lora_dropout"), (number, "a number")),
-        "target_modules": (lambda value: isinstance(value, str) or names(value), "a list of names"),
+        **dict.fromkeys(
+            ("target_modules", "exclude_modules", "layers_pattern"),
+            (lambda value: isinstance(value, str) or names(value), "a list of names"),
+        ),
         "modules_to_save": (names, "a list of names"),
         "layers_to_transform": (layers, "a list of layer numbers"),
         **dict.fromkeys(("rank_pattern", "alpha_pattern"), (numbers_by_name, "numbers by name")),
@@ -116,50 +137,20 @@ def check_settings(path: Path, raw: dict[str, Any]) -> None:
         limit = _MAX_PATTERNS if isinstance(value, dict) else _MAX_NAMES
         if isinstance(value, dict | list) and len(value) > limit:
             raise LoRAError(f"{path}: {name} has {len(value):,} entries, more than the limit of {limit:,}")
-        for expression in value if isinstance(value, dict) else [value] if name == "target_modules" else []:
-            if isinstance(expression, str) and could_hang(expression):
-                raise LoRAError(
-                    f"{path}: the regular expression {expression!r} may not finish matching; name the layers instead"
-                )
 
 
-def could_hang(expression: str) -> bool:
-    """Whether matching a regular expression against a module's name may practically never finish.
+def check_expressions(path: Path, expressions: Sequence[str], names: Iterable[str]) -> None:
+    """Raise LoRAError unless compiling `expressions` and matching each with all `names` takes little time and memory.
 
-    Python's matcher backtracks through every way to divide a text among repeats. A repeated group that holds a repeat,
-    an option or a choice, like (a+)+, has exponentially many (Cox 2007, "Regular Expression Matching Can Be Simple And
-    Fast"); d consecutive repeats have about n^d / d! for n characters, so three are allowed. Conservative: also true
-    for some harmless expressions. The expression is neither compiled nor run.
+    `re` backtracks, which can take for ever (Cox 2007, "Regular Expression Matching Can Be Simple And Fast"), and can't
+    be interrupted. So a process of its own tries it first.
     """
-    # Of each open group: most repeats in a row in earlier alternatives, repeats in the current one, can it backtrack.
-    groups: list[list[Any]] = [[0, 0, False]]
-    closed: list[Any] | None = None  # the group that ended just before this character
-    at = 0
-    while at < len(expression):
-        character, inner, closed = expression[at], closed, None
-        at += 1
-        group = groups[-1]
-        if character == "\\":
-            at += 1
-        elif character == "[":
-            at += 1 + (expression[at : at + 1] == "^")  # a "]" that comes first is literal
-            while at < len(expression) and expression[at] != "]":
-                at += 2 if expression[at] == "\\" else 1
-            at += 1
-        elif character == "(":
-            groups.append([0, 0, False])
-            at += expression[at : at + 1] == "?"  # of (?: and the like: not an option
-        elif character == ")" and len(groups) > 1:
-            closed = groups.pop()
-            groups[-1][1] += max(closed[0], closed[1])
-            groups[-1][2] |= closed[2]
-        elif character == "|":
-            group[0], group[1], group[2] = max(group[0], group[1]), 0, True
-        elif character in "*+{":
-            if inner is not None and inner[2]:
-                return True
-            group[1], group[2] = group[1] + 1, True
-            at += expression[at : at + 1] in ("?", "+")  # lazy or possessive: still one repeat
-        elif character == "?":
-            group[2] = True
-    return any(max(group[0], group[1]) > 3 for group in groups)
+    if not expressions:
+        return
+    trial = json.dumps([_TRIAL_SECONDS, expressions, list(names)])
+    done = subprocess.run([sys.executable, "-I", "-c", _TRIAL], input=trial, capture_output=True, text=True)
+    if done.returncode:
+        slow = expressions[int((done.stdout.split() or ["0"])[-1])]
+        raise LoRAError(
+            f"{path}: the regular expression {slow[:200]!r} may not finish matching; name the layers instead"
+        )

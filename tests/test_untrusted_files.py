@@ -27,7 +27,6 @@ from evaluate import Arguments, evaluate
 from lora.config import LoRAConfig, LoRAError
 from lora.inject import inject_lora
 from lora.peft_format import load_adapter, save_adapter
-from lora.untrusted import could_hang
 from roberta.config import CheckpointError
 from roberta.model import RobertaForSequenceClassification
 from roberta.tokenizer import TextTokenizer
@@ -216,39 +215,19 @@ def edit(path, **fields):
     [
         {"target_modules": r"(.*)*(query|key|value)x"},
         {"target_modules": r".*.*.*.*.*.*.*x"},
-        {"rank_pattern": {"(.*)*x": 2}},
-        {"alpha_pattern": {r"(\w|[a-z.])*x": 2}},
+        {"exclude_modules": ".?" * 60 + "x"},
+        {"layers_pattern": ["layer", "(.*)*x"], "layers_to_transform": [0]},
+        {"rank_pattern": {"query": 2, "(?:){1000000000}": 2}},  # uses memory rather than time
+        {"alpha_pattern": {r"(\w|[a-z.]{1,2})*x": 2}},
+        {"target_modules": "(?i)[" + r"\x00-\U0010ffff" * 50_000 + "]"},
     ],
+    ids=lambda fields: next(iter(fields)),
 )
-def test_expressions_whose_matching_would_not_finish(folder, fields):
+def test_expressions_whose_matching_would_not_finish(folder, fields, monkeypatch):
+    monkeypatch.setattr("lora.untrusted._TRIAL_SECONDS", 0.1)
     edit(folder / "adapter" / "adapter_config.json", **fields)
     read = lambda: load_adapter(load_checkpoint(folder / "base"), folder / "adapter")  # noqa: E731
     refused(LoRAError, "may not finish matching; name the layers", read)
-
-
-@pytest.mark.parametrize(
-    ("expression", "hangs"),
-    [
-        ("query", False),
-        (r".*\.(query|value)$", False),
-        (r"^(?!.*visual).*(?:q_proj|k_proj|output\.dense).*$", False),
-        (r"^(?:(?!(?:.*_3|_21|_22|_23)).*)\.(?:(?:query|value))$", False),
-        (r".*layers?\.[0-9]+\.(?P<part>query|key)", False),
-        (r"[]*+]*x[^]]+y", False),
-        (r"\(a+\)+", False),
-        (r"a*|b*|c*|d*|e*", False),
-        ("(a+)+", True),
-        ("(a|a)*", True),
-        ("((a?){1,30})x", True),
-        ("(?:a{1,9}){1,9}x", True),
-        (".*a.*b.*c.*d", True),
-        ("(a*b*)(c*d*)", True),
-        ("(?:x(a+)y)*?z", True),
-    ],
-)
-def test_which_expressions_could_hang(expression, hangs):
-    re.compile(expression)
-    assert could_hang(expression) == hangs
 
 
 def test_a_list_of_other_things_than_names(folder):

@@ -18,6 +18,8 @@ def write_model_card(folder: RunFolder) -> None:
     report = json.loads(folder.report.read_text(encoding="utf-8"))
     config, test, lora = report["config"], report["test"], report["config"]["lora"]
     targets = lora["target_modules"] if isinstance(lora["target_modules"], str) else ", ".join(lora["target_modules"])
+    if excluded := lora.get("exclude_modules"):
+        targets += f" without {excluded if isinstance(excluded, str) else ', '.join(excluded)}"
     layers = lora["layers_to_transform"]
     where = f"layers {', '.join(map(str, layers))} from 0" if layers else "all layers"
     base = read_base_model(folder.adapter) or config["model"]["checkpoint"]

@@ -72,6 +72,11 @@ def test_command_prints_the_reference_figures(capsys):
     assert [row[-3:] for row in rows] == [["7", "18", "18"], ["over", "6", "6"]]
 
 
+def test_command_counts_all_linear_layers_without_some(capsys):
+    main(["roberta-base", "--targets", "all-linear", "--exclude", "key", "attention.output.dense", "--head", "none"])
+    assert f"{12 * 8 * (2 * 2 * 768 + 2 * (768 + 3072)):,} trainable" in capsys.readouterr().out
+
+
 def test_budget_keeps_to_the_targets_and_the_head_that_were_asked_for(capsys):
     assert main(["roberta-base", "--budget", "1000000", "--targets", "key", "--head", "full"]) == 0
     _, _, heads, row = capsys.readouterr().out.rstrip().splitlines()

@@ -75,6 +75,19 @@ def test_a_whole_name_needs_no_layer_number():
     assert adapted == {"roberta.encoder.layer.0.attention.self.query", whole}
 
 
+def test_all_linear_layers_but_those_excluded_and_the_head():
+    config = LoRAConfig(
+        target_modules="all-linear",
+        exclude_modules=("self.key", "output.dense"),
+        modules_to_save=("classifier.out_proj",),
+    )
+    model = inject_lora(roberta(1), config)
+    adapted = {
+        name.removeprefix("roberta.encoder.layer.0.") for name, m in model.named_modules() if hasattr(m, "lora_A")
+    }
+    assert adapted == {"attention.self.query", "attention.self.value", "intermediate.dense"}
+
+
 def test_a_bias_of_query_is_trained_alone():
     model = inject_lora(roberta(1), LoRAConfig(rank=2, bias="lora_only", target_modules=("query",)))
     assert {name for name in trained(model) if "self" in name and "bias" in name} == {
@@ -102,6 +115,14 @@ def test_adapters_change_the_output_of_attention():
         ({"modules_to_save": ("head",)}, "'head' matches no module; the model's parts are roberta, classifier"),
         ({"layers_to_transform": (1, 7)}, "no layer 7; the model has layers 0 to 2"),
         ({"layers_to_transform": (7,)}, "no layer 7"),
+        ({"exclude_modules": ("nothing",)}, "exclude_modules: 'nothing' matches no module; there are query|attention"),
+        ({"exclude_modules": ("roberta.encoder.layer.0", "query")}, "target_modules: 'query' matches no linear layer"),
+        ({"target_modules": "all-linear", "exclude_modules": ".*dense|.*self.*"}, "'all-linear' matches no linear"),
+        (
+            {"rank_pattern": {"dense": 2}},
+            "rank_pattern 'dense' matches no adapted layer; there are attention.self.query",
+        ),
+        ({"alpha_pattern": {"query": 2, "nothing": 2}}, "alpha_pattern 'nothing' matches no adapted layer"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_anything_changes(fields, says):
@@ -135,6 +156,9 @@ def test_a_second_injection_is_refused():
         ({"target_modules": ()}, "target_modules is empty"),
         ({"target_modules": ".*query", "layers_to_transform": (1,)}, "layers_to_transform"),
         ({"layers_to_transform": ()}, "layers_to_transform is empty"),
+        ({"target_modules": "all-linear", "layers_to_transform": (1,)}, "can't be combined with all-linear"),
+        ({"layers_pattern": ("layer",)}, "layers_pattern has no effect without layers_to_transform"),
+        ({"alpha_pattern": {"(?i)query": 1}}, r"'.*\(\?i\)query.*' is not a regular expression"),
     ],
 )
 def test_settings_out_of_range_are_refused(fields, says):

@@ -37,6 +37,11 @@ def test_layer_index(name, number):
     assert layer_index(name) == number
 
 
+def test_layer_index_of_a_named_list():
+    name = "model.decoder.layers.3.experts.1.up"
+    assert [layer_index(name, of) for of in ("layers", ("absent", "expert(s)?"), "up", "")] == [3, 1, None, 3]
+
+
 def test_the_first_pattern_that_ends_the_name_counts():
     patterns = {"query": 1, r"layer\.11\..*dense": 2, "dense": 3, "attention": 4}
     assert pattern_value(patterns, PATH, 9) == 2

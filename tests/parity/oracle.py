@@ -97,14 +97,19 @@ def our_copy(reference: nn.Module, folder: Any, dtype: torch.dtype = torch.float
 
 def peft_config(config: LoRAConfig) -> peft.LoraConfig:
     """Our settings as peft's; it adds the classifier to modules_to_save by itself."""
-    targets = config.target_modules
+
+    def listed(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value
+
     return peft.LoraConfig(
         task_type="SEQ_CLS",
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        layers_to_transform=None if config.layers_to_transform is None else list(config.layers_to_transform),
+        target_modules=listed(config.target_modules),
+        exclude_modules=listed(config.exclude_modules),
+        layers_to_transform=listed(config.layers_to_transform),
+        layers_pattern=listed(config.layers_pattern),
         rank_pattern=dict(config.rank_pattern),
         alpha_pattern=dict(config.alpha_pattern),
         bias=config.bias,

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from lora.config import LoRAConfig, LoRAError
 from lora.inject import inject_lora, merge_lora
-from lora.peft_format import load_adapter, read_adapter_config, save_adapter
+from lora.peft_format import adapter_shapes, load_adapter, read_adapter_config, save_adapter
 from tests.parity.oracle import (
     adapted_pair,
     assert_close,
@@ -28,8 +28,9 @@ CONFIGS = {
     ),
     "regex": LoRAConfig(rank=2, target_modules=r".*layer\.1.*(value|output\.dense)"),
     "one layer": LoRAConfig(rank=2, layers_to_transform=(1,)),
-    "one layer, a larger rank for another": LoRAConfig(
-        rank=2, layers_to_transform=(1,), rank_pattern={"layer.0.attention.self.query": 9}
+    "one layer of a named list": LoRAConfig(rank=2, layers_to_transform=(1,), layers_pattern=("layer",)),
+    "every linear layer but two": LoRAConfig(
+        rank=2, target_modules="all-linear", exclude_modules=("key", "attention.output.dense")
     ),
     "patterns": LoRAConfig(rank=4, rank_pattern={"query": 2}, alpha_pattern={"layer.1.attention.self.value": 3.0}),
     "biases of adapted layers": LoRAConfig(rank=2, bias="lora_only", target_modules=("query", "output.dense")),
@@ -100,6 +101,9 @@ def test_files_hold_the_same_keys_and_settings_as_pefts(tmp_path, config):
     reference["modules_to_save"] = [name for name in reference["modules_to_save"] if name != "score"]
     for field, value in settings.items():
         if field == "base_model_name_or_path":
+            continue
+        if value == "all-linear":  # peft writes the names of the layers, those of the head among them
+            assert {"classifier.dense", "classifier.out_proj"} < set(reference[field])
             continue
         ordered = sorted if isinstance(value, list) else lambda same: same  # peft keeps sets
         assert_same(ordered(value), ordered(reference[field]), field)
@@ -195,7 +199,7 @@ def edit(folder, **fields):
 
 
 @pytest.mark.parametrize(
-    "field", ["use_dora", "fan_in_fan_out", "layer_replication", "exclude_modules", "something_of_tomorrow"]
+    "field", ["use_dora", "fan_in_fan_out", "layer_replication", "target_parameters", "something_of_tomorrow"]
 )
 def test_an_unknown_field_is_accepted_when_off_and_refused_by_name_when_on(saved, field):
     model, folder = saved
@@ -211,15 +215,18 @@ def test_an_unknown_field_is_accepted_when_off_and_refused_by_name_when_on(saved
     ("fields", "says"),
     [
         ({"peft_type": "IA3"}, "peft_type"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
-        ({"r": 0}, "rank is 0"),
+        ({"r": 0}, "config.json: rank is 0"),
+        ({"exclude_modules": 3}, "exclude_modules is '3'; it must be a list of names"),
         ({"r": "two"}, "r is 'two'; it must be a number"),
         ({"layers_to_transform": ["a"]}, "layers_to_transform is .*; it must be a list of layer numbers"),
         ({"rank_pattern": {"query": "2"}}, "rank_pattern is .*; it must be numbers by name"),
         ({"use_rslora": "yes"}, "use_rslora is 'yes'; it must be true or false"),
         ({"r": 1 << 40}, r"has the wrong shape in .*lora_A.weight \(\[2, 24\], not \[1099511627776, 24\]\)"),
         ({"target_modules": None}, "target_modules is missing"),
-        ({"target_modules": ["nothing"]}, "'nothing' matches no linear layer"),
+        ({"target_modules": ["nothing"]}, "target_modules matches no linear layer"),
+        ({"target_modules": ["query", "value"]}, "holds unexpected .*self.key.lora_A.weight"),
+        ({"exclude_modules": ".*query"}, "holds unexpected .*self.query.lora_A.weight"),
+        ({"target_modules": "all-linear", "bias": "none"}, r"lacks .*layer.0.attention.output.dense.lora_A.weight"),
     ],
 )
 def test_settings_that_can_not_be_used_are_named(saved, fields, says):
@@ -314,3 +321,119 @@ def test_loading_into_a_model_with_other_adapters_is_refused(saved):
     edit(folder, target_modules=["query"])
     with pytest.raises(LoRAError):
         load_adapter(model, folder)
+
+
+def peft_adapter(folder, **settings):
+    """peft's model with a random adapter, in float64; its logits; its file's tensors; whether its base is unchanged."""
+    base = reference_model()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_CLS", **({"r": 2} | settings)))
+    after = {name.replace(".base_layer.", "."): tensor for name, tensor in model.base_model.model.state_dict().items()}
+    unchanged = all(torch.equal(after.get(name, before[name]), before[name]) for name in before)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.double().named_parameters():
+            if "lora_" in name or parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2)
+    model.save_pretrained(folder)
+    return model, peft_logits(model), load_file(folder / "adapter_model.safetensors"), unchanged
+
+
+def assert_loads_as(expected, folder):
+    fresh = our_copy(reference_model(), folder.parent / "plain")
+    load_adapter(fresh, folder)
+    assert_close(ours_logits(fresh), expected, 1e-10, "logits")
+
+
+INITS = [True, False, "gaussian", "eva", "orthogonal", "mica", "olora", "pissa", "pissa_niter_4"]
+
+
+@pytest.mark.filterwarnings("ignore:.*(eva|EVA)")
+@pytest.mark.parametrize("init", INITS)
+def test_initialisations_that_leave_pefts_base_unchanged_are_loaded_and_no_others(tmp_path, init):
+    settings = {"target_modules": ["query"], "init_lora_weights": init}
+    _, expected, _, unchanged = peft_adapter(tmp_path / "adapter", **settings)
+    if unchanged:
+        assert_loads_as(expected, tmp_path / "adapter")
+    else:
+        with pytest.raises(LoRAError, match=f"init_lora_weights = '{init}' changes the base model"):
+            load_adapter(our_copy(reference_model(), tmp_path / "plain"), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": "all-linear", "exclude_modules": r".*layer\.0\..*|.*key"},
+        {"target_modules": ["query", "nothing", "dense"], "exclude_modules": ["output.dense", "absent"]},
+        {"target_modules": ["query", "dense"], "layers_to_transform": 1, "layers_pattern": "layer"},
+        {"target_modules": r".*encoder.*layer.*attention.*self.*(query|value).*"},
+    ],
+    ids=str,
+)
+def test_settings_that_choose_layers(tmp_path, settings):
+    assert_loads_as(peft_adapter(tmp_path / "adapter", **settings)[1], tmp_path / "adapter")
+
+
+@pytest.mark.filterwarnings("ignore:.*did not match any targeted module")  # peft's own
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_matches_no_layer_is_told(tmp_path, field):
+    settings = {"target_modules": ["query"], field: {"layer.0.*key": 9, "layer.0.*query": 7}}
+    _, expected, _, _ = peft_adapter(tmp_path / "adapter", **settings)
+    with pytest.warns(UserWarning, match=rf"adapter_config.json: {field} 'layer.0.*key' matches no adapted layer"):
+        assert_loads_as(expected, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+@pytest.mark.parametrize(
+    "rename",
+    {
+        "compiled": lambda key: key.replace(".model.", ".model._orig_mod.", 1),
+        "distributed": lambda key: key.replace(".model.", ".model.module.", 1),
+        "the adapter distributed": lambda key: f"module.{key}",
+        "sharded": lambda key: key.replace(".layer.", ".layer._fsdp_wrapped_module."),
+        "peft 0.4 to 0.6": lambda key: key.replace(".base_layer.", "."),
+    }.values(),
+)
+def test_keys_as_wrapped_models_and_early_versions_name_them(tmp_path, rename, bias):
+    _, expected, tensors, _ = peft_adapter(tmp_path / "adapter", target_modules=["query", "output.dense"], bias=bias)
+    renamed = {rename(key): tensor for key, tensor in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, tmp_path / "adapter" / "adapter_model.safetensors")
+    assert_loads_as(expected, tmp_path / "adapter")
+    shapes = adapter_shapes(tmp_path / "adapter")
+    assert shapes["classifier.out_proj.weight"] == [3, 24]
+
+
+def test_keys_of_a_state_dict_hold_the_name_of_the_adapter(tmp_path):
+    model, expected, _, _ = peft_adapter(tmp_path / "adapter", target_modules=["query"])
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    assert all(".default." in name for name in trained)
+    save_file(trained, tmp_path / "adapter" / "adapter_model.safetensors")
+    assert_loads_as(expected, tmp_path / "adapter")
+
+
+@pytest.mark.filterwarnings("ignore:.*holds none of the biases")
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        (".roberta.", ".", r"expected .*roberta.encoder.layer.0.*, found .*model.encoder.layer.0.*without a head"),
+        (
+            ".roberta.",
+            ".bert.",
+            r"expected .*roberta.encoder.*, found .*bert.encoder.*class of model, with bert for roberta",
+        ),
+        (
+            ".lora_A.",
+            ".lora_A.mine.",
+            r"expected .*key.lora_A.weight, found .*key.lora_A.mine.weight; .*its name in the keys",
+        ),
+    ],
+)
+def test_keys_of_another_model_name_the_likely_cause(saved, old, new, says):
+    model, folder = saved
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({key.replace(old, new): t for key, t in tensors.items()}, folder / "adapter_model.safetensors")
+    with pytest.raises(LoRAError, match=says) as error:
+        load_adapter(model, folder)
+    assert "\n" not in str(error.value)

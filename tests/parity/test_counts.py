@@ -36,7 +36,7 @@ REST = {
     "two layers, all biases": {"layers_to_transform": (1, 10), "bias": "all"},
     "embeddings' norm": {"modules_to_save": ("classifier", "embeddings.LayerNorm")},
     "every norm, lora_only": {"modules_to_save": ("classifier", "LayerNorm"), "bias": "lora_only"},
-    "patterns": {"rank_pattern": {"query": 3, r"layer\.1\..*value": 9}},
+    "patterns": {"rank_pattern": {"query|key": 3, r"layer\.(1|11)\..*": 9}},
 }
 GRID = [
     pytest.param(size, TARGETS[targets], rank, REST[rest], id=f"{size}-{targets}-r{rank}-{rest}")
