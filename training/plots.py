@@ -1,14 +1,18 @@
 """Curves of one or several runs, drawn from `metrics.jsonl` and `report.json` alone.
 
 The same drawing becomes an image (PNG, on white) or part of a page (SVG in the page's light or dark colours).
+Names of classes and runs are drawn as they are, never read as formulas.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
-from collections.abc import Callable, Sequence
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +33,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8
 _MARKERS = "os^Dv<>p"
 _LINES = ("-", "--", ":", "-.")  # the ninth run has the first colour again, dashed
 _INK = "#010203"  # placeholder for the text colour of the page
+_MOST_NAMED = 60  # with more classes, names and numbers in a confusion matrix are too small to read
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def panels_of(run: Curves) -> dict[str, tuple[Draw, tuple[float, float]]]:
     if run.validations:
         panels["scores"] = lambda axes: _scores(axes, run), wide
     if report and report["test"] and report["test"]["confusion"]:  # multi-label has none
-        side = max(4.2, 2.3 + 0.32 * len(report["label_names"]))
+        side = min(12, max(4.2, 2.3 + 0.32 * len(report["label_names"])))  # bounded, as the memory is side^2
         panels["confusion"] = lambda axes: _confusion(axes, report), (side + 0.7, side)
     return panels
 
@@ -97,6 +102,7 @@ def draw_metric(axes: Axes, runs: Sequence[Curves], metric: str) -> None:
     title, label, unit = METRICS[metric]
     key = metric.removeprefix("validation_")
     scale = 100 if label.endswith("(%)") else 1
+    curves = []
     for i, run in enumerate(runs):
         lines = run.steps if unit == "step" else run.validations
         x, y = [line[unit] for line in lines], scale * np.array([line[key] for line in lines])
@@ -105,11 +111,12 @@ def draw_metric(axes: Axes, runs: Sequence[Curves], metric: str) -> None:
             axes.plot(x, y, color=colour, alpha=0.2, linewidth=1)
             y = smoothed(y)
         marker = _MARKERS[i % len(_MARKERS)] if unit == "epoch" else None
-        axes.plot(x, y, color=colour, linestyle=style, marker=marker, markersize=4, label=run.name)
+        curves += axes.plot(x, y, color=colour, linestyle=style, marker=marker, markersize=4)
     axes.set(ylabel=label, title=title)
     _finish(axes, unit)
     if len(runs) > 1:
-        axes.legend(frameon=False, fontsize=7)
+        names = [run.name for run in runs]  # given here: the label of a curve is hidden if it starts with "_"
+        axes.legend(curves, names, frameon=False, prop={"size": 7, "family": _font_families(names)})
 
 
 def _finish(axes: Axes, unit: str) -> None:
@@ -164,17 +171,48 @@ def legend_above(*sides: Axes) -> None:
 
 
 def _confusion(axes: Axes, report: dict[str, Any]) -> None:
-    counts, names = np.array(report["test"]["confusion"]), report["label_names"]
+    counts, names = np.array(report["test"]["confusion"]), [_tick_label(name) for name in report["label_names"]]
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
     axes.figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
     axes.set(xlabel="predicted", ylabel="true", title="Test split: texts by class")
+    if len(names) > _MOST_NAMED:
+        axes.set(xticks=[], yticks=[], title=f"Test split: texts by class, {len(names)} classes")
+        return
     size = 9 if len(names) <= 20 else 6
-    axes.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=size)
-    axes.set_yticks(range(len(names)), names, fontsize=size)
+    font = {"fontsize": size, "fontfamily": _font_families(names)}
+    axes.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", **font)
+    axes.set_yticks(range(len(names)), names, **font)
     for i, j in np.argwhere(counts > 0):
         colour = "black" if shares[i, j] > 0.5 else "white"
         axes.text(j, i, str(counts[i, j]), ha="center", va="center", color=colour, fontsize=size - 2)
+
+
+def _tick_label(name: str) -> str:
+    """`name` on one line, without its middle if it is longer than 24 characters, or 12 of those as wide as two."""
+    name = " ".join(name.split())
+    width = len(name) + sum(unicodedata.east_asian_width(character) in "WF" for character in name)
+    half = 12 * len(name) // max(width, 1)
+    return name if width <= 24 else f"{name[:half]}…{name[1 - half :]}"
+
+
+def _font_families(texts: Sequence[str]) -> list[str]:
+    """The current fonts, and installed ones with the characters that matplotlib's own font lacks (CJK, emoji)."""
+    from matplotlib import font_manager, rcParams
+    from matplotlib.ft2font import FT2Font
+
+    def lacking(path: str, characters: set[int]) -> set[int]:
+        font = FT2Font(path)
+        return {character for character in characters if not font.get_char_index(character)}
+
+    families = list(rcParams["font.family"])
+    missing = lacking(font_manager.findfont("DejaVu Sans"), set(map(ord, "".join(texts))))
+    for entry in font_manager.fontManager.ttflist:
+        with contextlib.suppress(OSError, RuntimeError):  # a font that was removed or can't be read
+            # "Last Resort" and the like have a box for every character.
+            if missing and "Last" not in entry.name and (left := lacking(entry.fname, missing)) < missing:
+                families, missing = [*families, entry.name], left
+    return families
 
 
 def save_png(draw: Draw, path: Path, size: tuple[float, float]) -> None:
@@ -208,8 +246,12 @@ def _figure(draw: Draw, size: tuple[float, float]) -> Figure:
     return figure
 
 
-def _matplotlib(settings: dict[str, Any]) -> Any:
+@contextlib.contextmanager
+def _matplotlib(settings: dict[str, Any]) -> Iterator[None]:
     """A context with matplotlib settings."""
     import matplotlib  # slow to import, and needed only at the end of a run
 
-    return matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, **settings})
+    settings = {"axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False, **settings}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # no installed font has it: drawn as a box
+        yield

@@ -56,6 +56,15 @@ def test_a_report_distinguishes_no_mistakes_from_no_test_scores(run_folder):
     assert "mistakes" not in page(mistakes=[], test=None, complete=False)
 
 
+def test_a_report_without_a_confusion_matrix_shows_the_rest(run_folder):
+    report = json.loads(run_folder.report.read_text())
+    report["test"]["confusion"] = None
+    run_folder.report.write_text(json.dumps(report))
+    write_html_report(run_folder)
+    page = run_folder.html.read_text()
+    assert page.count("<svg") == 3 and "Scores by class" in page
+
+
 def test_names_of_classes_are_text_in_the_drawings_too(run_folder):
     report = json.loads(run_folder.report.read_text())
     report["label_names"] = ["<script>a&b", "</svg><b>"]

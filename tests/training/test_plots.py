@@ -1,10 +1,11 @@
 """Plots of a run: their text is readable for any shape of the curves."""
 
+import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from training.plots import Curves, panels_of
+from training.plots import Curves, _font_families, draw_metric, panels_of, save_png, to_svg
 
 SCORES = ("accuracy", "precision", "recall", "f1")
 
@@ -34,3 +35,49 @@ def test_legend_of_scores_covers_no_curve_and_is_below_the_title(values):
         "macro recall",
         "macro F1",
     ]
+
+
+def drawn(draw, size=(5, 4)):
+    """The axes after `draw`."""
+    axes = Figure(figsize=size, layout="constrained").subplots()
+    draw(axes)
+    return axes
+
+
+def confusion(names):
+    """The drawing of a confusion matrix without mistakes, and its size."""
+    counts = np.eye(len(names), dtype=int).tolist()
+    return panels_of(Curves("a-run", [], [], {"label_names": names, "test": {"confusion": counts}}))["confusion"]
+
+
+def test_names_of_classes_are_drawn_as_they_are_and_without_a_warning(tmp_path, recwarn):
+    names = ["$100_$200", "a $x^2$ $", "体育 \N{DNA DOUBLE HELIX}", "two\nlines", "_x\\frac{"]
+    names += [f"{'a' * 99}{'b' * 99}", "体" * 13]
+    draw, size = confusion(names)
+    save_png(draw, tmp_path / "confusion.png", size)
+    svg = to_svg(draw, size, "confusion")
+    for shown in [*names[:3], "two lines", names[4], f"{'a' * 12}…{'b' * 11}", f"{'体' * 6}…{'体' * 5}"]:
+        assert svg.count(f">{shown}</text>") == 2, shown
+    assert not recwarn.list
+
+
+def test_names_of_runs_are_drawn_as_they_are(tmp_path):
+    names = ["_hidden", "$lr$_体育"]
+    runs = [Curves(name, [], [{"epoch": 1, "accuracy": 0.5}], None) for name in names]
+    svg = to_svg(lambda axes: draw_metric(axes, runs, "accuracy"), (5, 4), "accuracy")
+    assert all(f">{name}</text>" in svg for name in names)
+
+
+def test_characters_that_the_usual_font_lacks_are_taken_from_an_installed_one():
+    assert _font_families(["plain"]) == ["sans-serif"]
+    assert _font_families(["\u2a5e"])[1:]  # in a font of matplotlib's own
+
+
+@pytest.mark.parametrize(("classes", "named"), [(2, True), (60, True), (61, False), (1000, False)])
+def test_a_confusion_matrix_has_a_bounded_size_and_no_text_that_is_too_small(classes, named):
+    draw, size = confusion([f"class {i}" for i in range(classes)])
+    axes = drawn(draw)
+    assert max(size) <= 13
+    assert [len(axes.texts), len(axes.get_xticklabels()), len(axes.get_yticklabels())] == (
+        [classes] * 3 if named else [0, 0, 0]
+    )
