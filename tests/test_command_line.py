@@ -1,13 +1,16 @@
 """User errors become one line and an exit code; all other errors keep their traceback."""
 
 import errno
+import io
 import os
+import sys
 
 import pytest
 import torch
 
 from training.command_line import EXIT_BAD_INPUT, EXIT_LOST, run_command
 from training.errors import LostProcessError
+from training.progress import say
 
 
 def failing(error):
@@ -44,3 +47,9 @@ def test_a_lost_process_is_not_an_out_of_memory_error(capsys):
 def test_a_bug_keeps_its_traceback(error):
     with pytest.raises(type(error), match=str(error)):
         run_command(failing(error))
+
+
+def test_what_the_console_can_not_encode_does_not_end_the_run(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    say("体育 0.9")
+    assert sys.stdout.buffer.getvalue() == rb"\u4f53\u80b2 0.9" + os.linesep.encode()

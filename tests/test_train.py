@@ -148,22 +148,39 @@ def test_accumulation_steps_and_padding_settings_are_used(run, tiny_config, tiny
     assert json.loads((tiny_data / "run" / "report.json").read_text())["steps"] == 4  # 11 batches in groups of 3
 
 
-def test_ctrl_c_ends_after_the_step_with_a_usable_folder(run, tiny_config, tiny_data, monkeypatch):
+@pytest.mark.parametrize(("at", "kept"), [(3, "step 3"), (14, "epoch 1, the best so far")])
+def test_ctrl_c_ends_after_the_step_with_a_usable_folder(run, tiny_config, tiny_data, monkeypatch, at, kept):
     real_step, steps, handler = train_module.train_step, [], signal.getsignal(signal.SIGINT)
 
     def step(*arguments):
         steps.append(1)
-        if len(steps) == 3:
+        if len(steps) == at:
             os.kill(os.getpid(), signal.SIGINT)
         return real_step(*arguments)
 
     monkeypatch.setattr(train_module, "train_step", step)
+    monkeypatch.setattr(recorder, "draw_plots", lambda folder: 1 / 0)
     code, out, _ = run(tiny_config)
-    assert code == EXIT_INTERRUPTED and len(steps) == 3 and "interrupted" in out
+    assert code == EXIT_INTERRUPTED and len(steps) == at and f"adapter holds the adapter of {kept}\n" in out
     report = json.loads((tiny_data / "run" / "report.json").read_text())
-    assert not report["complete"] and report["test"] is None and report["steps"] == 3
+    assert not report["complete"] and report["test"] is None and report["steps"] == at
     assert load_file(tiny_data / "run" / "adapter" / "adapter_model.safetensors")
     assert signal.getsignal(signal.SIGINT) is handler, "the run kept Ctrl-C to itself"
+
+
+def test_a_picture_that_fails_takes_no_scores_with_it(run, tiny_config, tiny_data, monkeypatch):
+    folder, drawn = tiny_data / "my run", []
+    monkeypatch.setattr(recorder, "draw_plots", lambda folder: drawn.append(1) or 1 / 0)
+    monkeypatch.setattr(recorder, "peak_memory_bytes", lambda compute: 70 * 2**20 * len(drawn))
+    code, out, err = run(tiny_config, "--train.epochs", 1, "--output", folder)
+    assert code == 0 and not err and json.loads((folder / "report.json").read_text())["complete"]
+    warning = f"warning: {folder}/plots is not complete (ZeroDivisionError: division by zero); "
+    assert out.count(warning) == 1 and "test accuracy" in out.split(warning)[0]
+    assert "peak memory 70 MiB" in out
+    assert (folder / "report.html").is_file() and (folder / "README.md").is_file()
+    assert all(f"evaluate.py '{folder}' --text" in text for text in (out, (folder / "README.md").read_text()))
+    code, out, _ = run(tiny_config, "--train.epochs", 1, "--output", folder, "--resume")
+    assert code == 0 and warning in out and "is finished" in out
 
 
 def test_weight_decay_excludes_vectors_unless_asked_for():

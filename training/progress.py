@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 
@@ -10,15 +11,16 @@ from tqdm import tqdm
 
 
 def say(line: str = "") -> None:
-    """Print a line and flush it, above the progress bar if there is one."""
-    tqdm.write(line, file=sys.stdout)
+    """Print a line and flush it, above the progress bar if there is one; what stdout can't encode as \\uXXXX."""
+    encoding = sys.stdout.encoding or "utf-8"  # None of a StringIO
+    tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
     sys.stdout.flush()
 
 
 def this_python() -> str:
-    """Path of the current interpreter, relative to the current folder where possible, for commands to copy."""
+    """The current interpreter as a word of a command to copy: its path, relative to this folder where possible."""
     path = os.path.relpath(sys.executable)
-    return sys.executable if path.startswith(os.pardir) else path
+    return shlex.quote(sys.executable if path.startswith(os.pardir) else path)
 
 
 class Progress:

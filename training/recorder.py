@@ -6,6 +6,7 @@ Nothing here changes what is computed; a reader of the algorithm can skip it.
 from __future__ import annotations
 
 import math
+import shlex
 import signal
 import time
 from types import FrameType
@@ -25,7 +26,7 @@ from training.model_card import write_model_card
 from training.plots import draw_plots
 from training.precision import Compute
 from training.progress import Progress, minutes, say, this_python
-from training.report import build_report
+from training.report import build_report, peak_memory_bytes
 from training.run_folder import RunFolder, check_board
 from training.scoring import Scores, confident_mistakes
 from training.setup import Inputs
@@ -217,31 +218,40 @@ class Recorder:
             mistakes = confident_mistakes(logits, labels, texts, inputs.text.label_names)
         seconds = self._before[0] + time.perf_counter() - self._started
         report = build_report(self.config, inputs, count, self._compute, state, test, seconds, test_seconds, mistakes)
-        folder.write_report(report)
-        if self.world.is_main:
-            write_pages(folder)
+        folder.write_report(report)  # before the pages: a picture that fails takes no scores with it
         if test is None:
             epoch = report["epochs_run"]
-            say(f"\ninterrupted in epoch {epoch} after step {state.step}; the adapter is in {folder.adapter}")
-            say(f"resume:  the same command with --resume, or {this_python()} train.py {folder.config} --resume")
+            kept = f"epoch {state.best_epoch}, the best so far" if state.best else f"step {state.step}"
+            config = shlex.quote(str(folder.config))
+            say(f"\ninterrupted in epoch {epoch} after step {state.step}; {folder.adapter} holds the adapter of {kept}")
+            say(f"resume:  the same command with --resume, or {this_python()} train.py {config} --resume")
         else:
             deciding = "accuracy" if test.micro is None else "micro F1"
             say(f"\nbest epoch {state.best_epoch} by validation {deciding}, ties by loss; on the test split:\n")
             say(f"{test.table()}\n\n{test.summary()}")
+        if self.world.is_main:
+            write_pages(folder)
+        peak = peak_memory_bytes(self._compute) / 2**20  # with that of drawing
         say(
             f"wall time {minutes(report['seconds'])} (training {minutes(state.train_seconds)})   "
-            f"peak memory {report['peak_memory_bytes'] / 2**20:,.0f} MiB   trainable parameters {count.trainable:,}"
+            f"peak memory {peak:,.0f} MiB   trainable parameters {count.trainable:,}"
         )
         say(f"report:  {folder.html}")
-        say(f'try it:  {this_python()} evaluate.py {folder.path} --text "a text of your own"')
+        say(f'try it:  {this_python()} evaluate.py {shlex.quote(str(folder.path))} --text "a text of your own"')
         self.world.wait()  # torchrun ends all processes when the first ends with a code that is not 0
         return 128 + self.interrupted if self.interrupted else 0  # as shells count
 
 
 def write_pages(folder: RunFolder) -> None:
-    """Write the plots and pages from the other files; remove the checkpoints of a finished run."""
-    draw_plots(folder)
-    write_html_report(folder)
-    write_model_card(folder)
+    """Write the plots and pages from the other files; remove the checkpoints of a finished run.
+
+    What can't be written is one line on the console: the run's results are in the other files.
+    """
+    for path, write in ((folder.plots, draw_plots), (folder.html, write_html_report), (folder.card, write_model_card)):
+        try:
+            write(folder)
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            say(f"warning: {path} is not complete ({reason}); the same command with --resume writes it again")
     if folder.is_complete():
         folder.remove_checkpoints()
