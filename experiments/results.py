@@ -17,7 +17,7 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from experiments.grid import Planned
-from training.pages import write_page, write_text_atomic
+from training.pages import escape_markdown, write_page, write_text_atomic
 from training.plots import draw_metric, read_curves, save_png, to_svg
 from training.run_folder import RunFolder
 
@@ -156,11 +156,11 @@ def write_results(
 
     cells = [_cells(row) for row in rows]
     lines = [f"| {' | '.join(cells[0])} |", f"|{'|'.join(' --- ' for _ in cells[0])}|"]
-    lines += ["| " + " | ".join(value.replace("|", r"\|") for value in row.values()) + " |" for row in cells]
+    lines += ["| " + " | ".join(map(escape_markdown, row.values())) + " |" for row in cells]
     if overrides:
         lines += ["", f"Set in every row: {', '.join(f'`{one}`' for one in overrides)}. Names are those of the files."]
     lines += ["", "accuracy: mean ± standard deviation over the seeds; speed: texts/s relative to the slowest row."]
-    lines += [f"\n{name} failed: {why}" for name, why in failed]
+    lines += [f"\n{escape_markdown(f'{name} failed: {why}')}" for name, why in failed]
     write_text_atomic(folder / "results.md", "\n".join(lines) + "\n")
 
     curves = [read_curves(RunFolder(row.folder)) for row in rows if row.folder]

@@ -6,6 +6,7 @@ The sections are those of Mitchell et al. 2019, "Model Cards for Model Reporting
 from __future__ import annotations
 
 import json
+import shlex
 
 from lora.peft_format import read_base_model
 from training.pages import write_page
@@ -16,17 +17,15 @@ from training.run_folder import RunFolder
 def write_model_card(folder: RunFolder) -> None:
     """Write README.md into the folder of a finished or interrupted run, from its report.json."""
     report = json.loads(folder.report.read_text(encoding="utf-8"))
-    config, test, lora = report["config"], report["test"], report["config"]["lora"]
-    targets = lora["target_modules"] if isinstance(lora["target_modules"], str) else ", ".join(lora["target_modules"])
-    if excluded := lora.get("exclude_modules"):
-        targets += f" without {excluded if isinstance(excluded, str) else ', '.join(excluded)}"
-    layers = lora["layers_to_transform"]
-    where = f"layers {', '.join(map(str, layers))} from 0" if layers else "all layers"
+    config, test = report["config"], report["test"]
+    trained = [part for part, row in report["parameters_by_part"].items() if row["trainable"]]
+    numbers = {name: value for name, value in config["lora"].items() if isinstance(value, int | float) and value}
     base = read_base_model(folder.adapter) or config["model"]["checkpoint"]
     facts = {
         "base model": base,
         "data": report["origins"]["data"],
-        "LoRA": f"rank {lora['rank']}, alpha {lora['alpha']:g}, on {targets}, {where}",
+        "trained": ", ".join(trained),
+        "with": ", ".join(f"{name} {value:g}" for name, value in numbers.items()),
         "trained parameters": f"{report['trainable_parameters']:,} of {report['total_parameters']:,}",
     }
     multi_label = report.get("problem_type") == "multi_label_classification"
@@ -39,7 +38,7 @@ def write_model_card(folder: RunFolder) -> None:
         "card.md",
         folder.card,
         name=folder.path.name,
-        path=folder.path,
+        path=shlex.quote(str(folder.path)),
         adapter=str(folder.adapter),
         base=base,
         model_type=report["origins"]["model_type"],

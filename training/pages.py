@@ -27,7 +27,7 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 def escape_markdown(text: str) -> str:
     """`text` as Markdown shows it literally, within one cell of a table."""
-    return re.sub(r"([\\`*_\[\]<>|#&])", r"\\\1", re.sub(r"\s+", " ", str(text)))
+    return re.sub(r"([\\`*_~$\[\]<>|#&])", r"\\\1", re.sub(r"\s+", " ", str(text)))
 
 
 def _environment() -> jinja2.Environment:

@@ -92,17 +92,17 @@ def test_a_finished_table_is_not_run_again(forks, grid, tmp_path, capsys, monkey
 
 def test_a_failing_run_does_not_stop_the_others(forks, no_curves, grid, tmp_path, capsys):
     (tmp_path / "broken.toml").write_text("[data]\nsource = 'none.csv'\n")
-    (tmp_path / "broken2.toml").write_text("[data]\nsource = 'none.csv'\n")
-    broken = (tmp_path / "broken.toml", tmp_path / "broken2.toml")
+    (tmp_path / "broken_2.toml").write_text("[data]\nsource = 'none.csv'\n")
+    broken = (tmp_path / "broken.toml", tmp_path / "broken_2.toml")
     code = make_table(Arguments((*broken, grid), output=tmp_path / "table", set=("train.epochs=1",)))
     shown = capsys.readouterr().out
     assert code == 1
-    assert "failed: broken-s0, broken2-s0: exit code 2: error: none.csv: no such file" in shown
+    assert "failed: broken-s0, broken_2-s0: exit code 2: error: none.csv: no such file" in shown
     rows = {row["name"]: row for row in csv.DictReader((tmp_path / "table" / "results.csv").open())}
     assert rows["broken"]["seeds"] == "0 of 1" and rows["broken"]["accuracy"] == ""
     assert rows["grid+rank=2"]["accuracy"] and rows["grid+rank=4"]["accuracy"]
-    assert "broken-s0, broken2-s0 failed" in (tmp_path / "table" / "results.md").read_text()
-    assert "broken-s0, broken2-s0 failed" in (tmp_path / "table" / "results.html").read_text()
+    assert r"broken-s0, broken\_2-s0 failed" in (tmp_path / "table" / "results.md").read_text()
+    assert "broken-s0, broken_2-s0 failed" in (tmp_path / "table" / "results.html").read_text()
 
 
 def test_results_of_another_grid_are_not_mixed_in(forks, no_curves, grid, tmp_path):

@@ -22,6 +22,8 @@ def test_a_card_holds_the_reports_numbers_and_its_code_classifies(run_folder, ca
     card = run_folder.card.read_text()
     report = json.loads(run_folder.report.read_text())
     assert f"| test accuracy | {100 * report['test']['accuracy']:.2f} % |" in card
+    assert "| trained | LoRA on attention.self.query, LoRA on attention.self.key, LoRA on attention" in card
+    assert "| with | rank 4, alpha 8 |" in card
     assert f"{report['trainable_parameters']:,} of {report['total_parameters']:,}" in card
     for label, row in report["test"]["per_class"].items():
         assert f"| {label} | {row['support']} | {row['precision']:.3f} |" in card
@@ -61,7 +63,9 @@ def test_cards_of_other_runs(run_folder):
     assert "adapter of epoch 7, the best" in card(best_epoch=7)
 
     interrupted = card(test=None, complete=False)
-    assert "was interrupted" in interrupted and "## Scores" not in interrupted and "test accuracy" not in interrupted
+    assert "was interrupted" in interrupted and "The adapter is that of epoch" in interrupted
+    assert "The adapter is that of the last step." in card(test=None, complete=False, best_epoch=0)
+    assert "## Scores" not in interrupted and "test accuracy" not in interrupted
 
     assert "PeftModel" in card(origins=report["origins"] | {"model_type": "xlm-roberta"})
     bert = card(origins=report["origins"] | {"model_type": "bert"})  # merged before transformers opens it
@@ -73,8 +77,8 @@ def test_cards_of_other_runs(run_folder):
     assert "cleans a text as training did (html, lowercase;" in cleaned
 
     assert "labels = ['\N{GRINNING FACE}']" in card(label_names=["\N{GRINNING FACE}"])  # as Python reads it
-    evil = "<b>a|b</b>\n# [x](http://y) `z`"  # names from data are escaped
+    evil = "<b>a|b</b>\n# [x](http://y) `z` ~~$1_$2~~"  # names from data are escaped
     row = next(iter(report["test"]["per_class"].values()))
     named = card(label_names=[evil], test=report["test"] | {"per_class": {evil: row}})
-    assert evil not in named and "\\<b\\>a\\|b\\</b\\> \\# \\[x\\](http://y) \\`z\\`" in named
+    assert evil not in named and "\\<b\\>a\\|b\\</b\\> \\# \\[x\\](http://y) \\`z\\` \\~\\~\\$1\\_\\$2\\~\\~" in named
     assert escape_markdown("plain words") == "plain words"
