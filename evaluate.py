@@ -78,7 +78,7 @@ class Arguments:
     base: str | None = None
     """The pretrained checkpoint, by name or folder, instead of the one that the adapter names."""
     config: Path | None = None
-    """Settings that name the data to score and their classes, for an adapter folder; a run folder has its own."""
+    """Settings that name other data to score and, for an adapter folder, its classes; they do not change the base."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] | None = None
@@ -117,7 +117,7 @@ def load_trained(arguments: Arguments) -> Trained:
     config_path = arguments.config or (folder.config if is_run else None)
     config = read_config(config_path) if config_path else RunConfig()
 
-    base = arguments.base or (config.model.checkpoint if is_run else read_base_model(adapter))
+    base = arguments.base or (read_config(folder.config).model.checkpoint if is_run else read_base_model(adapter))
     if base is None:
         raise ConfigError(f"{adapter}/adapter_config.json names no base model; give it with --base")
     try:

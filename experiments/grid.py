@@ -40,6 +40,8 @@ def plan(paths: list[Path], overrides: dict[str, Any], seeds: int) -> list[Plann
     `overrides` maps dotted field names to values that are set in every file. Raises ConfigError that names file and
     field.
     """
+    if not paths:
+        raise ConfigError("name at least one TOML file or folder, for example experiments/agnews")
     files: list[Path] = []
     for path in paths:
         found = sorted(path.glob("*.toml")) if path.is_dir() else [path]

@@ -87,8 +87,8 @@ class LoRAConfig:
         if self.target_modules == (ALL_LINEAR,):  # as the command line gives it
             object.__setattr__(self, "target_modules", ALL_LINEAR)
         for where, rank in [("rank", self.rank), *((f"rank_pattern {k!r}", v) for k, v in self.rank_pattern.items())]:
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise LoRAError(f"lora: {where} is {rank!r}; a rank is an integer, 1 or more")
+            if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank < 2**31:
+                raise LoRAError(f"lora: {where} is {rank!r}; a rank is an integer, 1 or more, below {2**31}")
         alphas = [("alpha", self.alpha), *((f"alpha_pattern {k!r}", v) for k, v in self.alpha_pattern.items())]
         for where, alpha in alphas:
             if not 0 < alpha < float("inf"):

@@ -59,6 +59,14 @@ def probabilities(line):
     return dict(zip(words[0:4:2], map(float, words[1:4:2]), strict=True))
 
 
+def test_other_settings_for_a_run_change_its_data_but_not_its_base(command, finished, tiny_config, tmp_path):
+    folder, line = finished
+    text = tiny_config.read_text()
+    (tmp_path / "data.toml").write_text(text[text.index("[data]") :])  # without [model]
+    code, out, err = command(folder, "--config", tmp_path / "data.toml")
+    assert code == 0 and line in out.splitlines(), err
+
+
 def test_texts_are_classified_with_probabilities(command, finished, tmp_path):
     folder, _ = finished
     code, out, _ = command(folder, "--text", "the goal of the match", "oil price today")

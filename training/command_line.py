@@ -14,7 +14,7 @@ import io
 import itertools
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar
 
 import torch
@@ -85,7 +85,11 @@ def _write_message(error: Exception) -> str:
 def parse_options(kind: type[Options], arguments: list[str], *, prog: str, default: Options | None = None) -> Options:
     """Parse a command line into the dataclass `kind`. Raises ConfigError; --help prints and exits."""
     start = tyro.MISSING_NONPROP if default is None else default
-    box = io.StringIO()
+    box, known = io.StringIO(), option_names(kind)
+    given = [word.partition("=")[0].replace("_", "-") for word in arguments if word.startswith("--")]
+    for name in known:
+        if known[name] and given.count(name) > 1:  # only the last would count
+            raise ConfigError(f"command line: {name} is given {given.count(name)} times; give all its values after one")
     try:
         with contextlib.redirect_stderr(box):
             options, unknown = tyro.cli(kind, args=arguments, prog=prog, default=start, return_unknown_args=True)
@@ -99,22 +103,27 @@ def parse_options(kind: type[Options], arguments: list[str], *, prog: str, defau
         error = re.sub(r"^(\S+): (?=\1[.:])", "", error)  # tyro puts the section before an error that names it
         error = error.replace("invalid literal for int() with base 10:", "not an integer:")
         error = error.replace("could not convert string to float:", "not a number:")
+        option, _, reason = error.partition(":")
+        if known.get(option) and (word := re.search(r"'([^' ]+,[^' ]*)'", reason)):
+            values = word[1].replace(",", " ")
+            error = f"{option}: {word[0]} is one word; write the values with blanks between them: {option} {values}"
         raise ConfigError(f"command line: {error}; --help lists the options") from None
     if unknown:
         names = [word.partition("=")[0].replace("_", "-") for word in unknown if word.startswith("--")]
-        near = [match for name in names for match in difflib.get_close_matches(name, option_names(kind), n=1)]
+        near = [match for name in names for match in difflib.get_close_matches(name, known, n=1)]
         meant = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ConfigError(f"command line: unknown {' '.join(unknown)}{meant}; --help lists the options")
     return options
 
 
-def option_names(kind: Any, prefix: str = "--") -> list[str]:
-    """The options of a dataclass and its sections on the command line: --output, --lora.rank, ..."""
-    names, hints = [], typing.get_type_hints(kind, include_extras=True)
+def option_names(kind: Any, prefix: str = "--") -> dict[str, bool]:
+    """The options of a dataclass and its sections (--output, --lora.rank, ...); whether each takes several values."""
+    names: dict[str, bool] = {}
+    hints = typing.get_type_hints(kind, include_extras=True)
     for name in (field.name for field in dataclasses.fields(kind)):
         hint, option = hints[name], prefix + name.replace("_", "-")
         if dataclasses.is_dataclass(hint):
-            names += option_names(hint, f"{option}.")
+            names |= option_names(hint, f"{option}.")
         elif typing.get_origin(hint) is not Annotated:  # positional
-            names.append(option)
+            names[option] = any(typing.get_origin(part) in (tuple, Mapping) for part in (hint, *typing.get_args(hint)))
     return names

@@ -101,6 +101,9 @@ class TrainConfig:
         for name in ("patience", "weight_decay", "max_grad_norm", "seed", "checkpoint_steps"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"train.{name} is {getattr(self, name)!r}; it must be 0 or more")
+        for name in ("seed", "accumulation_steps"):  # numpy's limit; that of a count of batches is higher
+            if getattr(self, name) >= 2**32:
+                raise ConfigError(f"train.{name} is {getattr(self, name)}; it must be below {2**32}")
         if not 0 <= self.warmup_fraction <= 1:
             raise ConfigError(f"train.warmup_fraction is {self.warmup_fraction!r}; it is a share of the steps, 0 to 1")
 
@@ -143,8 +146,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """Parse a TOML file, without checking its fields. Raises ConfigError that names the file."""
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # some editors write a byte-order mark
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; give a TOML file, for example experiments/quickstart.toml") from None
     except OSError as error:

@@ -140,7 +140,7 @@ def score(logits: torch.Tensor, labels: np.ndarray, label_names: tuple[str, ...]
         recall=float(recall[present].mean()),
         f1=float(f1[present].mean()),
         per_class={
-            name: {"precision": p, "recall": r, "f1": f, "support": s}
+            name: {"precision": p, "recall": r, "f1": f, "support": int(s)}
             for name, p, r, f, s in zip(label_names, *(scores.tolist() for scores in by_class), strict=True)
         },
         confusion=[] if multi_label else confusion_matrix(labels, predicted, labels=classes).tolist(),

@@ -34,6 +34,11 @@ def test_lists_give_all_combinations(tmp_path):
     assert "grid+checkpoint=a-b+rank=8+target_modules=key-value+lemmatize=yes" in configs
 
 
+def test_no_file_at_all_is_an_error():
+    with pytest.raises(ConfigError, match="name at least one TOML file or folder"):
+        plan([], {}, seeds=1)
+
+
 def test_overrides_reach_every_file_and_can_be_grids(tmp_path):
     write(tmp_path / "a.toml", "[lora]\nrank = 4\n")
     write(tmp_path / "b.toml", "[train]\nepochs = 7\n")

@@ -62,6 +62,9 @@ def test_written_settings_are_equal_when_read_again(toml, tmp_path):
         ("[train]\nlearning_rate = nan", "train.learning_rate"),
         ("[train]\nbatch_size = -1", "batch_size is -1"),
         ("[train]\nwarmup_fraction = 2", "warmup_fraction is 2"),
+        ("[train]\nseed = 5000000000", "train.seed is 5000000000; it must be below 4294967296"),
+        (f"[train]\naccumulation_steps = {'9' * 20}", "train.accumulation_steps is 99999999999999999999; it must be"),
+        (f"[lora]\nrank = {'9' * 20}", "lora: rank is 99999999999999999999; a rank is"),
         ('[train]\nprecision = "int8"', "train.precision"),
         ("[train\nepochs = 1", "not valid TOML"),
     ],
@@ -88,6 +91,10 @@ def test_bad_file_is_one_line_naming_file_and_field(toml, text, says):
         (["--lora.rank", "0"], "command line: lora: rank is 0;"),
         (["--train.epochs", "0"], "command line: train.epochs is 0;"),
         (["no_such.toml"], "no_such.toml"),
+        (["--lora.layers-to-transform", "0,1"], "layers-to-transform: '0,1' is one word; write the values with blanks"),
+        (["--lora.layers-to-transform=0,1"], "with blanks between them: --lora.layers-to-transform 0 1;"),
+        (["--lora.target-modules", "query", "--lora.target_modules=value"], "--lora.target-modules is given 2 times;"),
+        (["--lora.rank-pattern", "0", "2", "--lora.rank-pattern", "1", "3"], "--lora.rank-pattern is given 2 times;"),
     ],
 )
 def test_bad_command_line_is_one_line(options, says):
@@ -103,6 +110,14 @@ def test_help_lists_every_option(capsys):
     out = capsys.readouterr().out
     assert all(option in out for option in option_names(RunConfig))
     assert {"--output", "--lora.rank", "--data.cleaning.html"} <= set(option_names(RunConfig))
+
+
+def test_a_scalar_option_given_twice_has_its_last_value():
+    assert parse_command_line(["--lora.rank", "2", "--lora.rank", "3"]).lora.rank == 3
+
+
+def test_a_byte_order_mark_is_not_content(toml):
+    assert read_config(toml("\ufeff[lora]\nrank = 6\n")).lora.rank == 6
 
 
 def test_not_utf8_file_is_named(tmp_path):
