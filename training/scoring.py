@@ -107,9 +107,9 @@ class Scores:
 
     def table(self) -> str:
         """Per-class table for a terminal."""
-        width = max(map(len, [*self.per_class, "macro average"]))
+        rows: list[tuple[str, dict[str, Any]]] = [(" ".join(name.split()), row) for name, row in self.per_class.items()]
+        width = max(len("macro average"), *(len(name) for name, _ in rows))
         lines = [f"{'class':<{width}}  precision  recall     f1   texts"]
-        rows: list[tuple[str, dict[str, Any]]] = list(self.per_class.items())
         support = sum(row["support"] for _, row in rows)
         averages = {"macro": {"precision": self.precision, "recall": self.recall, "f1": self.f1}}
         averages |= {"micro": self.micro} if self.micro else {}
@@ -140,7 +140,7 @@ def score(logits: torch.Tensor, labels: np.ndarray, label_names: tuple[str, ...]
         recall=float(recall[present].mean()),
         f1=float(f1[present].mean()),
         per_class={
-            name: {"precision": p, "recall": r, "f1": f, "support": int(s)}
+            name: {"precision": p, "recall": r, "f1": f, "support": int(s)}  # a float if no text is right
             for name, p, r, f, s in zip(label_names, *(scores.tolist() for scores in by_class), strict=True)
         },
         confusion=[] if multi_label else confusion_matrix(labels, predicted, labels=classes).tolist(),

@@ -32,9 +32,9 @@ def test_a_class_without_texts_does_not_lower_the_averages():
 
 
 def test_table_has_one_line_per_class():
-    logits = torch.eye(3)
-    table = score(logits, np.array([0, 1, 2]), ("earn", "acq", "money-fx")).table()
-    assert [line.split()[0] for line in table.splitlines()] == ["class", "earn", "acq", "money-fx", "macro"]
+    table = score(torch.eye(3), np.array([1, 2, 0]), ("earn", "acq", "money\nfx")).table()
+    assert [line.split()[0] for line in table.splitlines()] == ["class", "earn", "acq", "money", "macro"]
+    assert [line.split()[-1] for line in table.splitlines()] == ["texts", "1", "1", "1", "3"]
 
 
 def test_multi_label_scores_computed_by_hand():
