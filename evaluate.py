@@ -43,8 +43,10 @@ from training.errors import ConfigError
 from training.precision import Compute, choose_compute
 from training.progress import say
 from training.run_folder import RunFolder
-from training.scoring import predict, score
+from training.scoring import class_names, predict, score
 from training.speed import measure_speed, speed_table
+
+_SEPARATOR = "|"  # between the labels of a text in --out
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Arguments:
     predict: Path | None = None
     """A file of texts without labels, in a format that training files have, to be classified into --out."""
     out: Path | None = None
-    """Where --predict writes: a CSV file with the columns ID and label."""
+    """Where --predict writes: a CSV file with the columns ID and label (multi-label: labels above 0.5, a|b)."""
     text_columns: tuple[str, ...] = ()
     """For --predict: the columns of the text, joined by a space; those of the run, or "text", unless given."""
     id_column: str | None = None
@@ -132,7 +134,9 @@ def load_trained(arguments: Arguments) -> Trained:
     shapes = adapter_shapes(adapter)
     model_config = RobertaConfig.from_file(checkpoint.directory / "config.json")
     labels, text = _classes(folder, config if config_path else None, model_config, shapes)
-    model_config = dataclasses.replace(model_config, label_names=labels)
+    own = adapter / "config.json"  # of a run of train.py, where the data decides
+    problem_type = (RobertaConfig.from_file(own) if own.is_file() else model_config).problem_type
+    model_config = dataclasses.replace(model_config, label_names=labels, problem_type=problem_type)
     head_in_adapter = {name for name in shapes if name.startswith("classifier.")}
     head = {f"classifier.{layer}.{kind}" for layer in ("dense", "out_proj") for kind in ("weight", "bias")}
     new_head = not has_head(checkpoint.directory) or head_in_adapter >= head
@@ -205,12 +209,13 @@ def read_texts(arguments: Arguments) -> list[str]:
 
 
 def classify(trained: Trained, texts: list[str]) -> torch.Tensor:
-    """Probabilities (texts, labels) of the texts, cleaned as in training: softmax of the logits."""
+    """Probabilities (texts, classes) of the texts, cleaned as in training: softmax, or sigmoids, of the logits."""
     texts = [trained.clean(text) for text in texts]
     split = encode_split(Split(texts, [0] * len(texts)), trained.tokenizer)
     if split.truncated:
         say(f"            {split.truncated:,} texts are longer than {split.max_length} tokens and are truncated")
-    return torch.softmax(_logits(trained, split), dim=1)
+    logits = _logits(trained, split)
+    return torch.sigmoid(logits) if trained.model.config.multi_label else torch.softmax(logits, dim=1)
 
 
 def _logits(trained: Trained, split: EncodedSplit) -> torch.Tensor:
@@ -227,11 +232,15 @@ def write_predictions(trained: Trained, arguments: Arguments) -> None:
     ids, texts, notes = read_unlabelled(source, columns, arguments.id_column, arguments.encoding)
     for note in notes:
         say(f"            {note}")
-    predicted = classify(trained, texts).argmax(dim=1).tolist()
+    multi_label = trained.model.config.multi_label
+    names = [*map(str, range(len(trained.label_names)))] if arguments.indices else trained.label_names
+    if multi_label and any(_SEPARATOR in name for name in names):
+        raise ConfigError(f"a class name has {_SEPARATOR!r} in it, which separates the labels in --out; add --indices")
+    found = classify(trained, texts)
+    labels = class_names((found > 0.5 if multi_label else found.argmax(dim=1)).numpy(), names, _SEPARATOR)
     with atomic_write(out) as part, part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("ID", "label"))
-        labels = predicted if arguments.indices else [trained.label_names[i] for i in predicted]
         writer.writerows(zip(ids, labels, strict=True))
     say(f"written     {out}: {len(ids):,} rows")
 
@@ -263,6 +272,9 @@ def _test_split(trained: Trained) -> Split:
     if text is None:
         text = match_classes(load_source(config.data, config.train.seed), trained.label_names, "the adapter")
     say(f"data        {text.origin}, {len(text.test.texts):,} test texts")
+    if text.multi_label != trained.model.config.multi_label:
+        which = "the data is multi-label, the adapter is not" if text.multi_label else "the adapter is multi-label only"
+        raise ConfigError(f"{text.origin}: {which}; give data like that of its training")
     return text.cleaned(config.data.cleaning).test
 
 
@@ -300,7 +312,8 @@ def evaluate(arguments: Arguments) -> int:
 
     if texts:
         shown = min(4, len(trained.label_names))
-        say(f"            the {shown} most likely of {len(trained.label_names)} classes, with probabilities")
+        each = ", multi-label: one does not exclude another" if trained.model.config.multi_label else ""
+        say(f"            the {shown} most likely of {len(trained.label_names)} classes, with probabilities{each}")
         for text, row in zip(texts, classify(trained, texts), strict=True):
             order = row.argsort(descending=True)[:shown].tolist()
             say("  ".join(f"{trained.label_names[i]} {row[i]:.3f}" for i in order) + f"   {text[:80]}")

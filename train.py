@@ -171,6 +171,7 @@ def save_run_adapter(model: nn.Module, inputs: Inputs, recorder: Recorder) -> No
         folder = recorder.folder.adapter
         save_adapter(model, folder, base_model=inputs.checkpoint.name, task_type="SEQ_CLS", also=also)
         inputs.tokenizer.save(folder)
+        inputs.model_config.save(folder)
         write_names(recorder.folder.adapter_labels, inputs.text.label_names)
 
 

@@ -40,7 +40,8 @@ _AG_NEWS_HEADER = ["class index", "title", "description"]  # of Kaggle's copy; t
 # Number of classes of each named data set.
 LABELS_OF_NAMED_SOURCES = {"ag_news": 4, "reuters-r8": 8, "reuters-r52": 52, "20newsgroups": 20}
 _TAB_FILES = ("reuters-r8", "reuters-r52", "20newsgroups")
-_FILE_SETTINGS = ("test_file", "validation_file", "text_columns", "label_column", "encoding")
+_FILE_SETTINGS = ("test_file", "validation_file", "text_columns", "label_column", "label_columns", "encoding")
+_YES_OR_NO = {"0": False, "1": True, "false": False, "true": True}
 # A number written with a decimal point.
 _DECIMAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+)")
 
@@ -61,7 +62,9 @@ class DataConfig:
     text_columns: tuple[str, ...] = ("text",)
     """For a training file: the columns of the text, joined by a space."""
     label_column: str = "label"
-    """For a training file: the column of the label, a name or a number."""
+    """For a training file: the column of the label, a name or a number; multi-label, of a list of them."""
+    label_columns: tuple[str, ...] = ()
+    """For a training file of multi-label data: the columns of 0 and 1, one for each class, instead of label_column."""
     encoding: str = "utf-8"
     """For a training file of text: the encoding of the files, such as cp1252; a byte-order mark takes precedence."""
     validation_fraction: float = 0.1
@@ -86,6 +89,10 @@ class DataConfig:
             raise DataError(f"data.train_rows is {self.train_rows!r}; it must be 2 or more")
         if not self.text_columns:
             raise DataError("data.text_columns is empty; name at least one column")
+        if self.label_columns and self.label_column != "label":
+            raise DataError("data.label_column and data.label_columns exclude each other; remove one")
+        if len(set(self.label_columns)) != len(self.label_columns) or len(self.label_columns) == 1:
+            raise DataError(f"data.label_columns is {self.label_columns!r}; name two or more columns, each once")
 
 
 @dataclass(frozen=True)
@@ -157,13 +164,14 @@ class _Row:
     """A row of a file or a data set. Raises DataError if its text or label is empty or can't be encoded."""
 
     text: str
-    label: str
-    """Name of the class; the ID, where rows have no label."""
+    label: str | tuple[str, ...]
+    """Name of the class; multi-label, the names of any number of classes; the ID, where rows have no label."""
     where: str
     """File and row, for error messages."""
 
     def __post_init__(self) -> None:
-        for name, value in (("text", self.text), ("label", self.label)):
+        labels = self.label if isinstance(self.label, tuple) else (self.label,)
+        for name, value in (("text", self.text), *(("label", label) for label in labels)):
             if not value.strip():
                 raise DataError(f"{self.where}: the {name} is empty; remove the row or fill it in")
             try:
@@ -304,17 +312,17 @@ def _from_files(config: DataConfig, seed: int) -> LabelledText:
         if name == "train":
             class_names = found.class_names.get(config.label_column, ())
     origin = config.source if rows["test"] else f"{config.source} (a tenth of it held out to test on)"
-    label_names = _distinct_labels(rows["train"], class_names)
+    label_names = config.label_columns or _distinct_labels(rows["train"], class_names)
     return _assemble(config, seed, *rows.values(), origin, label_names, found.notes)
 
 
 def _file_rows(config: DataConfig, path: Path, found: Found) -> Iterator[_Row]:
     """The rows of a file; what else is known of it is added to `found`."""
-    texts, label = config.text_columns, config.label_column
+    texts, labels = config.text_columns, config.label_columns or (config.label_column,)
     found.class_names.clear()  # those of another file
-    for where, row in read_rows(path, (*texts, label), config.encoding, found):
-        name = _file_label(row, label, where, found.class_names.get(label, ()))
-        yield _Row(_file_text(row, texts, where), name, where)
+    for where, row in read_rows(path, (*texts, *labels), config.encoding, found):
+        label = _file_labels(row, config, where, found.class_names.get(config.label_column, ()))
+        yield _Row(_file_text(row, texts, where), label, where)
 
 
 def read_unlabelled(
@@ -374,6 +382,22 @@ def _file_label(row: dict[str, Any], column: str, where: str, class_names: tuple
     return str(label).strip()
 
 
+def _file_labels(
+    row: dict[str, Any], config: DataConfig, where: str, class_names: tuple[str, ...]
+) -> str | tuple[str, ...]:
+    """The label of a row; multi-label, those of its list, or the columns that hold 1. Raises as `_file_label` does."""
+    column = config.label_column
+    if config.label_columns:
+        values = {name: _file_label(row, name, where).lower() for name in config.label_columns}
+        for name, value in values.items():
+            if value not in _YES_OR_NO:
+                raise DataError(f"{where}: {name!r} is {row[name]!r}, not 0 or 1; fix the row")
+        return tuple(name for name, value in values.items() if _YES_OR_NO[value])
+    if isinstance(row[column], list):
+        return tuple(_file_label({column: label}, column, where, class_names) for label in row[column])
+    return _file_label(row, column, where, class_names)
+
+
 # --- rows to splits -----------------------------------------------------------------------------------------------
 
 
@@ -394,14 +418,21 @@ def _assemble(
     """
     names = _distinct_labels(train) if label_names is None else label_names
     if len(names) < 2:
-        raise DataError(f"{origin}: every row has the label {names[0]!r}; classification needs two or more")
+        raise DataError(f"{origin}: the labels of all rows are {listed(names)}; classification needs two or more")
     numbers = {name: number for number, name in enumerate(names)}
 
+    multi_label = isinstance(train[0].label, tuple)
+
+    def number(row: _Row) -> int | tuple[int, ...]:
+        if isinstance(row.label, tuple) != multi_label:
+            raise DataError(f"{row.where}: of this label and that of {train[0].where} only one is a list; fix one")
+        for name in row.label if multi_label else (row.label,):
+            if name not in numbers:
+                raise DataError(f"{row.where}: unknown label {name!r}; there are {listed(names)}")
+        return tuple(int(name in row.label) for name in names) if multi_label else numbers[row.label]
+
     def split(rows: list[_Row]) -> Split:
-        for row in rows:
-            if row.label not in numbers:
-                raise DataError(f"{row.where}: unknown label {row.label!r}; there are {listed(names)}")
-        return Split([row.text for row in rows], [numbers[row.label] for row in rows])
+        return Split([row.text for row in rows], [*map(number, rows)])
 
     train_split = split(train)
     if test is None:
@@ -431,7 +462,8 @@ def _assemble(
 
 def _distinct_labels(rows: list[_Row], class_names: tuple[str, ...] = ()) -> tuple[str, ...]:
     """The labels of the rows, sorted: as in `class_names`, else by value if all are integers, else by name."""
-    labels = sorted({row.label for row in rows})  # a set's order differs between processes
+    labels = ((row.label if isinstance(row.label, tuple) else (row.label,)) for row in rows)
+    labels = sorted(set(itertools.chain.from_iterable(labels)))  # a set's order differs between processes
     if class_names:
         return tuple(sorted(labels, key=class_names.index))
     try:
@@ -451,20 +483,21 @@ def _hold_out(split: Split, fraction: float, seed: int, origin: str) -> tuple[Sp
 def _take_out(split: Split, size: int, seed: int, origin: str) -> tuple[Split, Split]:
     """A split without `size` rows, and those rows: a stratified random sample that depends on `seed` alone.
 
-    A class with a single row stays in the first part: it can't be in both.
+    A class with a single row stays in the first part: it can't be in both. Multi-label: a random sample.
     """
     from sklearn.model_selection import train_test_split  # slow to import
 
-    counts = Counter(split.labels)
-    several = [row for row, label in enumerate(split.labels) if counts[label] > 1]
-    classes = len({split.labels[row] for row in several})
+    labels = [0 if isinstance(label, tuple) else label for label in split.labels]
+    counts = Counter(labels)
+    several = [row for row, label in enumerate(labels) if counts[label] > 1]
+    classes = len({labels[row] for row in several})
     if len(several) <= size:
         raise DataError(
             f"{origin}: a sample of {size:,} rows needs more than the {len(several):,} in classes of two or more rows; "
             f"there are {len(counts):,} classes; is the column of labels an ID?"
         )
     # Stratifying needs a row of every class in both parts; where a part is smaller, the sample is not stratified.
-    stratify = [split.labels[row] for row in several] if min(size, len(several) - size) >= classes else None
+    stratify = [labels[row] for row in several] if min(size, len(several) - size) >= classes else None
     _, taken = train_test_split(several, test_size=size, random_state=seed, stratify=stratify)
     out = set(taken)
 

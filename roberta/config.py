@@ -5,11 +5,14 @@ roberta-base, roberta-large, MiniLM and a two-layer toy are four values of one c
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from roberta.files import CheckpointError, read_json
+
+CONFIG_NAME = "config.json"
 
 # Far above any encoder; a broken or hostile file must not create a million modules.
 _MAX_LABELS = 50_000
@@ -152,6 +155,10 @@ class RobertaConfig:
             values["max_position_embeddings"] += values["pad_token_id"] + 1
             values["type_vocab_size"] = 1
         return cls(**values)
+
+    def save(self, directory: Path) -> None:
+        """Write `config.json` into a folder."""
+        (directory / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
         """The `config.json` that `transformers.RobertaForSequenceClassification` reads."""

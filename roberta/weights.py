@@ -18,7 +18,6 @@ The hidden states of all real tokens are equal (tests/parity/test_bert.py, again
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from pathlib import Path
@@ -29,12 +28,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from roberta.config import RobertaConfig
+from roberta.config import CONFIG_NAME, RobertaConfig
 from roberta.files import WEIGHTS_NAME, CheckpointError, non_float_tensors, open_weights, read_json, weights_path
 from roberta.model import RobertaForSequenceClassification
 from roberta.tokenizer import TextTokenizer
-
-CONFIG_NAME = "config.json"
 
 # Heads of pretraining and of other tasks, which are dropped; any other unknown key is an error.
 _OTHER_HEADS = ("lm_head.", "pooler.", "cls.", "qa_outputs.", "classifier.weight", "classifier.bias")
@@ -136,7 +133,7 @@ def save_checkpoint(
         raise ValueError("this model carries adapters; merge and unload them before saving it as a checkpoint")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / CONFIG_NAME).write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    model.config.save(directory)
     part = directory / f"{WEIGHTS_NAME}.part"
     try:
         save_file(tensors, str(part), metadata={"format": "pt"})

@@ -60,6 +60,7 @@ def test_a_run_learns_and_writes_all_files(run, tiny_config, tiny_data):
         "report.html",
         "README.md",
         "adapter/adapter_config.json",
+        "adapter/config.json",
         "adapter/adapter_model.safetensors",
         "adapter/labels.json",
         "adapter/tokenizer.json",

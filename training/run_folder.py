@@ -3,7 +3,7 @@
 config.toml      the settings that were used
 labels.json      names of the classes, in the order of the logits
 metrics.jsonl    one line per logged step and per evaluation
-adapter/         the best adapter so far: peft's two files, the tokenizer, and labels.json again
+adapter/         the best adapter so far: peft's two files, config.json, the tokenizer, labels.json again
 checkpoint/      what an exact resume needs, until the run is finished
 report.json      final scores, counts, times
 report.html      the results on one page

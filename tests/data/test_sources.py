@@ -119,7 +119,7 @@ GOOD = "label,text\n" + "".join(f"{i % 2},text {i}\n" for i in range(20))
         ("a.csv", "", r"a\.csv, header: no column"),
         ("a.csv", "label,text,text\n1,a,b\n", r"a\.csv, header: 2 columns 'text'"),
         ("a.jsonl", '{"label": 1, "text": ["x"]}\n', r"a\.jsonl, row 1: 'text' is not text, but a list"),
-        ("a.jsonl", '{"label": [1], "text": "x"}\n', r"a\.jsonl, row 1: 'label' is \[1\], neither a name nor"),
+        ("a.jsonl", '{"label": {"a": 1}, "text": "x"}\n', r"a\.jsonl, row 1: 'label' is {'a': 1}, neither a name nor"),
         ("a.jsonl", '{"label": 1.5, "text": "x"}\n', r"a\.jsonl, row 1: 'label' is 1.5, neither a name nor"),
         ("a.csv", GOOD + "0.37,x\n", r"a\.csv, row 22: 'label' is 0.37, neither a name nor"),
         ("a.csv", "a^b\n1^x\n", r"a\.csv, header: no column 'text'; there are a\^b"),
@@ -144,7 +144,7 @@ GOOD = "label,text\n" + "".join(f"{i % 2},text {i}\n" for i in range(20))
         ("a.jsonl", '{"label": NaN, "text": "x"}\n', r"a\.jsonl, row 1: the label is empty"),
         ("a.jsonl", '{"label": 1, "text": NaN}\n', r"a\.jsonl, row 1: the text is empty"),
         ("a.jsonl", '{"label": ' + "1" * 5000 + ', "text": "x"}\n', r"a\.jsonl, row 1: not JSON"),
-        ("a.csv", "label,text\n" + "1,x\n" * 20, "every row has the label '1'"),
+        ("a.csv", "label,text\n" + "1,x\n" * 20, "the labels of all rows are 1;"),
         ("a.csv", 'label,text\n1,"open\n', r"a\.csv, row 2: .* fix the row's quotes"),
         ("a.jsonl", '{"label": 1, "text": "x"}\n{broken\n', r"a\.jsonl, row 2: not JSON"),
         ("a.jsonl", '{"label": 1, "text": "x"}\n[1]\n', r"a\.jsonl, row 2: not a JSON object"),
@@ -397,5 +397,67 @@ def test_classes_in_another_order():
     ],
 )
 def test_settings_out_of_range(fields, says):
+    with pytest.raises(DataError, match=says):
+        DataConfig(**fields)
+
+
+def test_several_labels_per_text_in_every_format(tmp_path):
+    wanted = {f"text {i}": (i % 2, i // 2 % 2) for i in range(40)}  # whether it has a, b
+    lists = [
+        {"text": text, "label": [n for n, on in zip("ab", row, strict=True) if on]} for text, row in wanted.items()
+    ]
+    flags = [{"text": text, "a": bool(row[0]), "b": float(row[1])} for text, row in wanted.items()]
+    numbers = [{"text": row["text"], "label": ["ab".index(name) for name in row["label"]]} for row in lists]
+    named = datasets.Features(text=datasets.Value("string"), label=datasets.List(datasets.ClassLabel(names=["a", "b"])))
+    datasets.Dataset.from_list(numbers, named).save_to_disk(tmp_path / "saved")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lists), tmp_path / "a.parquet")
+    loaded = [
+        load(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, lists)))),
+        load(tmp_path / "a.parquet"),
+        load(tmp_path / "saved"),
+        load(write(tmp_path / "b.jsonl", "\n".join(map(json.dumps, flags))), label_columns=("a", "b")),
+        load(
+            write(tmp_path / "a.csv", "text,a,b\n" + "\n".join(f"{t},{a},{b}" for t, (a, b) in wanted.items())),
+            label_columns=("a", "b"),
+        ),
+    ]
+    for text in loaded:
+        parts = (text.train, text.validation, text.test)
+        found = [pair for part in parts for pair in zip(part.texts, part.labels, strict=True)]
+        assert text.multi_label and text.label_names == ("a", "b") and len(found) == 40 and dict(found) == wanted
+        assert (text.validation, text.test) == (loaded[0].validation, loaded[0].test)
+    train = loaded[0].train
+    swapped = loaded[0].relabelled(("b", "a"))
+    assert swapped.train.labels == [row[::-1] for row in train.labels] and train.labels != swapped.train.labels
+    a, b = map(sum, zip(*train.labels, strict=True))
+    assert loaded[0].class_counts() in (f"a: {a}, b: {b}", f"b: {b}, a: {a}")
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([{"label": ["a", "b"]}, {"label": "a"}], r"row 2: of this label and that of .*row 1 only one is a list"),
+        ([{"label": ["a", "b"]}, {"label": ["a", None]}], r"row 2: the label is empty"),
+        ([{"label": ["a", "b"]}, {"label": [0.5]}], r"row 2: 'label' is 0.5, neither a name nor an integer"),
+        ([{"label": ["a"]}, {"label": []}], r"the labels of all rows are a; classification needs two or more"),
+        ([{"a": 1, "b": 0}, {"a": 1, "b": 2}], r"row 2: 'b' is 2, not 0 or 1"),
+        ([{"a": 1, "b": 0}, {"a": None, "b": 0}], r"row 2: 'a' is None, not 0 or 1"),
+    ],
+)
+def test_labels_that_are_not_lists_or_zeros_and_ones_are_named(tmp_path, rows, says):
+    path = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": "x", **row}) for row in rows))
+    with pytest.raises(DataError, match=says):
+        load(path, label_columns=("a", "b") if "a" in rows[0] else ())
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"label_columns": ("a", "b"), "label_column": "c"}, "exclude each other"),
+        ({"label_columns": ("a",)}, "name two or more columns"),
+        ({"label_columns": ("a", "a")}, "each once"),
+    ],
+)
+def test_unusable_columns_of_labels_are_refused(fields, says):
     with pytest.raises(DataError, match=says):
         DataConfig(**fields)
