@@ -433,6 +433,12 @@ def test_several_labels_per_text_in_every_format(tmp_path):
     assert loaded[0].class_counts() in (f"a: {a}, b: {b}", f"b: {b}, a: {a}")
 
 
+def test_rows_with_unique_combinations_of_labels_can_be_held_out(tmp_path):
+    rows = [{"text": f"{i}", "label": [c for bit, c in enumerate("abcde") if i >> bit & 1]} for i in range(32)]
+    text = load(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
+    assert (len(text.train.texts), len(text.validation.texts), len(text.test.texts)) == (26, 3, 3)
+
+
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
