@@ -293,6 +293,10 @@ def check_arguments(arguments: Arguments) -> None:
         raise ConfigError(f"{export}: exists and is not an empty folder; export to a new one")
     if (arguments.predict is None) != (arguments.out is None):
         raise ConfigError("--predict FILE and --out FILE go together; give both")
+    for option in dataclasses.fields(Arguments):
+        of_predict = option.name in ("text_columns", "id_column", "encoding", "indices")
+        if of_predict and arguments.predict is None and getattr(arguments, option.name) != option.default:
+            raise ConfigError(f"--{option.name.replace('_', '-')} has no effect without --predict; remove it")
     if arguments.out is not None and arguments.out.exists():
         raise ConfigError(f"{arguments.out} exists; remove it, or give another --out")
     if arguments.out is not None and not arguments.out.parent.is_dir():

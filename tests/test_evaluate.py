@@ -278,6 +278,7 @@ def test_unusable_arguments_are_a_one_line_error(command, finished, tmp_path):
         ([folder, "--text", "oil", "--predict", "a.csv", "--out", "b.csv"], "--predict ask for different things"),
         ([folder, "--export", tmp_path / "gap.txt"], "gap.txt: exists and is not an empty folder"),
         ([folder, "--predict", "a.csv", "--out", tmp_path / "no" / "b.csv"], "there is no folder"),
+        ([folder, "--text", "oil", "--encoding", "cp1252"], "--encoding has no effect without --predict; remove it"),
         ([folder, "--txet", "x"], "--txet"),
     ]:
         code, _, err = command(*arguments)
@@ -327,6 +328,15 @@ def test_unlabelled_files_are_classified_into_a_submission(command, finished, tm
     assert command(folder, "--predict", source, "--out", tmp_path / "i.csv", "--indices")[0] == 0
     assert (tmp_path / "i.csv").read_text() == "ID,label\nb7,1\na1,0\n"  # business before sports
     assert sorted(path.name for path in tmp_path.glob("*.part")) == []
+
+
+def test_predict_reads_another_encoding_and_says_what_it_noticed(command, finished, tmp_path):
+    (tmp_path / "new.csv").write_bytes(b'text\n"goal\nof the caf\xe9"\n')
+    options = ("--predict", tmp_path / "new.csv", "--out", tmp_path / "o.csv")
+    code, _, err = command(finished[0], *options)
+    assert code == EXIT_BAD_INPUT and "row 3: not UTF-8 (byte 21); save the file as UTF-8, or set" in err
+    code, out, _ = command(finished[0], *options, "--encoding", "cp1252")
+    assert code == 0 and "a field that spans lines: 1, the first is 2" in out
 
 
 def test_columns_of_text_and_id_are_chosen_or_numbered(command, finished, tmp_path):

@@ -54,6 +54,8 @@ def test_same_rows_in_every_format(tmp_path):
     loaded = [load(path, text_columns=("title", "body")) for path in paths]
     accents = load(unicode_text, text_columns=("title", "body"))
     assert accents.train.texts == [text.replace("line", "lin\u00e9") for text in loaded[0].train.texts]
+    unicode_text.write_bytes('text\tlabel\n"a, b"\tx\n'.encode("utf-16"))
+    assert read_unlabelled(unicode_text)[1] == ["a, b"]  # Excel encloses what has a comma
     assert "separated by semicolons" in loaded[-1].notes[0] and "spans lines: 30, the first is 2" in loaded[0].notes[0]
     assert loaded[0].label_names == ("0", "1", "2")
     assert all('body, "' in text and text.startswith("title ") for text in loaded[0].train.texts)
