@@ -36,10 +36,10 @@ def check_file(path: Path, largest: int) -> None:
         raise CheckpointError(f"{path}: has {size:,} bytes, more than the limit of {largest:,}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError."""
+def read_json(path: Path, largest: int = MAX_JSON) -> dict[str, Any]:
+    """A JSON object from a file of at most `largest` bytes. Raises CheckpointError."""
     try:
-        check_file(path, MAX_JSON)
+        check_file(path, largest)
         raw = json.loads(path.read_text(encoding="utf-8"))
     except CheckpointError:
         raise

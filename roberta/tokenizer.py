@@ -1,23 +1,21 @@
 """Text to token ids with the `tokenizers` library: the same ids as `transformers` gives for the same files.
 
-Two kinds of files: `vocab.json` + `merges.txt` (RoBERTa's byte-level BPE), or one `tokenizer.json` that describes any
-tokenizer (WordPiece for BERT). Padding happens in `data.batching`.
+Which tokenizer the files describe is decided in `roberta.tokenizer_files`. Padding happens in `data.batching`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer
 
 from roberta.config import RobertaConfig
-from roberta.files import MAX_TOKENIZER, CheckpointError, check_file
+from roberta.files import CheckpointError
+from roberta.tokenizer_files import read_tokenizer
 
-# As in transformers 5; in 4, <mask> also removed the space before it, as a tokenizer.json may still do.
-_ROBERTA_SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 # The roles of special tokens, as transformers names them, with RoBERTa's token and BERT's.
 _SPECIAL_TOKENS = {
     "bos_token": ("<s>", "[CLS]"),
@@ -31,46 +29,45 @@ _SPECIAL_TOKENS = {
 
 
 class TextTokenizer:
-    """A tokenizer that truncates to `max_length` tokens, special tokens included.
+    """A tokenizer that truncates to `max_length` tokens, special tokens included, at the end or at the beginning.
 
-    As in `transformers`, a special token spelled out in the text ("<s>") becomes that token. Raises CheckpointError if
-    the vocabulary has no padding token.
+    `special_tokens` names the token of each role ("pad_token", ...); others are found by RoBERTa's names and BERT's. As
+    in `transformers`, a special token spelled out in the text ("<s>") becomes that token. Raises CheckpointError if the
+    vocabulary has no padding token.
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_length: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        max_length: int,
+        special_tokens: Mapping[str, str] | None = None,
+        truncation_side: str = "right",
+    ) -> None:
         self._tokenizer = tokenizer
         self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(max_length)
-        self.max_length = max_length
-        padding_ids = [i for i in map(tokenizer.token_to_id, _SPECIAL_TOKENS["pad_token"]) if i is not None]
-        if not padding_ids:
-            raise CheckpointError("the vocabulary has no padding token, <pad> or [PAD]")
-        self.pad_token_id: int = padding_ids[0]
+        self._tokenizer.enable_truncation(max_length, direction=truncation_side)
+        self.max_length, self.truncation_side = max_length, truncation_side
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        present = {role: [name for name in names if name in vocabulary] for role, names in _SPECIAL_TOKENS.items()}
+        self._special_tokens = {role: names[0] for role, names in present.items() if names} | dict(special_tokens or {})
+        padding_id = vocabulary.get(self._special_tokens.get("pad_token", ""))
+        if padding_id is None:
+            raise CheckpointError(
+                "the vocabulary has no padding token, <pad> or [PAD]; name yours as pad_token in tokenizer_config.json"
+            )
+        self.pad_token_id: int = padding_id
 
     @classmethod
     def from_directory(cls, directory: str | Path, max_length: int) -> TextTokenizer:
-        """Read `tokenizer.json`, or else `vocab.json` + `merges.txt`.
+        """Read the files that `transformers.AutoTokenizer` reads: see `roberta.tokenizer_files`.
 
-        Raises CheckpointError if both are missing or a file is damaged.
+        Raises CheckpointError if files are missing or damaged, or if a setting is not supported.
         """
-        directory = Path(directory)
-        single, vocab, merges = (directory / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
-        if single.is_file():
-            source, files, build = single, [single], lambda: Tokenizer.from_file(str(single))
-        elif vocab.is_file() and merges.is_file():
-            source, files, build = vocab, [vocab, merges], lambda: _byte_level_bpe(vocab, merges)
-        else:
-            raise CheckpointError(
-                f"{directory}: holds no tokenizer; it needs tokenizer.json, or vocab.json + merges.txt"
-            )
-        for file in files:
-            check_file(file, MAX_TOKENIZER)
+        files = read_tokenizer(Path(directory))
         try:
-            return cls(build(), max_length)
+            return cls(files.tokenizer, max_length, files.special_tokens, files.truncation_side)
         except CheckpointError as error:
-            raise CheckpointError(f"{source}: {error}") from None
-        except Exception as error:  # the library raises bare Exception for every kind of broken file
-            raise CheckpointError(f"{source}: not a tokenizer ({error}); fetch the checkpoint again") from None
+            raise CheckpointError(f"{files.source}: {error}") from None
 
     @property
     def vocab_size(self) -> int:
@@ -130,22 +127,12 @@ class TextTokenizer:
         plain = Tokenizer.from_str(self._tokenizer.to_str())
         plain.no_truncation()
         (directory / "tokenizer.json").write_text(plain.to_str(pretty=True), encoding="utf-8")
-        vocabulary = plain.get_vocab(with_added_tokens=True)
-        present = {role: [name for name in names if name in vocabulary] for role, names in _SPECIAL_TOKENS.items()}
-        roles = {role: tokens[0] for role, tokens in present.items() if tokens}
-        # Without this file transformers takes the tokenizer class of config.json's model_type.
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.max_length} | roles
+        special = {token.content for token in plain.get_added_tokens_decoder().values()}
+        # Without this file transformers takes the tokenizer class of config.json's model_type. It would turn a token
+        # named here that is only a word of the vocabulary into a special one.
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": self.max_length,
+            "truncation_side": self.truncation_side,
+        } | {role: token for role, token in self._special_tokens.items() if token in special}
         (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def _byte_level_bpe(vocab: Path, merges: Path) -> Tokenizer:
-    """RoBERTa's tokenizer: byte-level BPE (Radford et al. 2019, section 2.2) in `<s> ... </s>`."""
-    tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(_ROBERTA_SPECIAL_TOKENS)
-    ids = tokenizer.get_vocab(with_added_tokens=True)
-    tokenizer.post_processor = processors.RobertaProcessing(
-        ("</s>", ids["</s>"]), ("<s>", ids["<s>"]), add_prefix_space=False
-    )
-    return tokenizer

@@ -190,8 +190,14 @@ def test_files_that_are_not_regular(weights, folder, kind):
 
 def test_settings_that_are_too_large_or_nested_too_deeply(folder):
     base, adapter = folder / "base" / "config.json", folder / "adapter" / "adapter_config.json"
+    (base.parent / "special_tokens_map.json").write_text("{}")
+    (base.parent / "added_tokens.json").write_text("{}")
     for path, read, error in (
         (base, lambda: load_checkpoint(base.parent), CheckpointError),
+        *(
+            (base.parent / name, lambda: TextTokenizer.from_directory(base.parent, 10), CheckpointError)
+            for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+        ),
         (adapter, lambda: load_adapter(load_checkpoint(base.parent), adapter.parent), LoRAError),
     ):
         original = path.read_text()

@@ -107,11 +107,26 @@ def test_tokenizer(folder):
     fuzz(folder / "base" / "tokenizer.json", read, CheckpointError, mutate_json, mutate_bytes)
 
 
-@pytest.mark.parametrize("file", ["vocab.json", "merges.txt"])
+@pytest.mark.parametrize(
+    "file",
+    ["vocab.json", "merges.txt", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"],
+)
 def test_vocabulary_and_merges(tmp_path, file):
     tokens = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "g", "o", "a", "l", "go", "al", "goal"]
-    (tmp_path / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\ng o\na l\ngo al\n")
+    if file == "vocab.txt":
+        (tmp_path / "vocab.txt").write_text("\n".join(["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]", *tokens[5:]]))
+    else:
+        (tmp_path / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+        (tmp_path / "merges.txt").write_text("#version: 0.2\ng o\na l\ngo al\n")
+    new = {"content": "oil", "lstrip": True, "rstrip": False, "normalized": False, "single_word": False}
+    settings = {"add_prefix_space": True, "truncation_side": "left", "mask_token": new, "extra_special_tokens": ["<x>"]}
+    for name, content in (
+        ("tokenizer_config.json", settings | {"added_tokens_decoder": {"12": new}}),
+        ("special_tokens_map.json", {"mask_token": new, "additional_special_tokens": ["<a>"], "pad_token": "<pad>"}),
+        ("added_tokens.json", {"oil": 12, "<a>": 13}),
+    ):
+        if file == name:
+            (tmp_path / name).write_text(json.dumps(content))
 
     def read():
         tokenizer = TextTokenizer.from_directory(tmp_path, 10)
@@ -119,7 +134,7 @@ def test_vocabulary_and_merges(tmp_path, file):
         for ids in tokenizer.encode_batch(["the goal", "", "<s> oil"]):
             assert len(ids) <= 10 and all(0 <= i < SMALL.vocab_size for i in ids)
 
-    fuzz(tmp_path / file, read, CheckpointError, mutate_bytes, *([mutate_json] if file == "vocab.json" else []))
+    fuzz(tmp_path / file, read, CheckpointError, mutate_bytes, *([mutate_json] if file.endswith(".json") else []))
 
 
 def test_labels_of_a_run(tmp_path):

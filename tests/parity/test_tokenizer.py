@@ -1,6 +1,9 @@
 """Token ids equal those of transformers, for real news and for hostile strings."""
 
+import base64
 import csv
+import json
+import struct
 
 import pytest
 import transformers
@@ -136,3 +139,198 @@ def test_saved_word_pieces_beside_a_roberta_model_open_in_transformers(word_piec
     texts = ["Oil prices rise", "[SEP] a [MASK]", "", "zebra, unrise oil oil oil"]
     assert_same(ours.encode_batch(texts), their_ids(opened, texts, None), "ids")  # None: the length the folder names
     assert (opened.pad_token, opened.cls_token, opened.sep_token) == ("[PAD]", "[CLS]", "[SEP]")
+
+
+# --- folders as they are published ----------------------------------------------------------------------------------
+
+WORDS = ["oil", "price", "##s", "rise", "un", "##rise", ",", "Oil", "été", "ete", "汉", "汉字", "<", ">", "new", "b"]
+PIECES = [
+    "▁",
+    "▁oil",
+    "▁price",
+    "s",
+    "o",
+    "i",
+    "l",
+    "▁rise",
+    "rise",
+    "e",
+    "n",
+    "w",
+    "new",
+    "a",
+    "▁a",
+    "<",
+    ">",
+    "b",
+    "t",
+]
+LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
+MERGES = ["o i", "oi l", "Ġ oil", "r i", "ri s", "ris e", "Ġ rise", "n e", "ne w"]
+ROBERTA = [
+    "<s>",
+    "<pad>",
+    "</s>",
+    "<unk>",
+    *LETTERS,
+    *("".join(m.split()) for m in MERGES),
+    "<mask>",
+    "<b>",
+    "<e>",
+    "<p>",
+]
+BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "<b>", "<e>", "<p>"]
+XLM = ["<s>", "<pad>", "</s>", "<unk>", *PIECES, "<mask>", "<b>", "<e>", "<p>"]
+CAMEMBERT = ["<s>NOTUSED", "<pad>", "</s>NOTUSED", "<unk>", "<s>", "</s>", *PIECES, "<mask>", "<b>"]
+NEW, FLAGS = {"content": "new"}, {"lstrip": True, "normalized": False, "rstrip": False, "single_word": False}
+TEXTS = [
+    "Oil prices rise",
+    "  oil",
+    "Été un 汉字 rise",
+    "oil new oil<new>oil <b> a <e><p> b",
+    "<s> [CLS] <mask> [MASK] oil  <mask>oil </s> [SEP]",
+    "OIL unrise, OIL NEW\u00a0Oil",
+    "oil rise a new b e w s",
+    "",
+]
+
+
+def charsmap():
+    """A character map of SentencePiece that turns "O" into "o": a trie of two nodes (Darts' double array)."""
+    units = [0] * 512
+    units[0], units[256 ^ ord("O")], units[256 ^ ord("O") ^ 1] = 256 << 10, ord("O") | 1 << 8 | 1 << 10, 0
+    return base64.b64encode(struct.pack("<513I", 2048, *units) + b"o\0").decode()
+
+
+def numbered(words):
+    return {word: i for i, word in enumerate(words)}
+
+
+def added(*tokens, **flags):
+    """An entry of tokenizer.json or added_tokens_decoder."""
+    return [{"id": i, "content": token, **FLAGS, "special": True} | flags for i, token in tokens]
+
+
+def folder_of(folder, kind, files):
+    """A folder with the vocabulary of `kind`; `files`: name -> fields that differ from those of the kind."""
+    folder.mkdir()
+    model = kind.removesuffix(" json")
+    content = {"config.json": {"model_type": model}}
+    if kind == "roberta":
+        (folder / "vocab.json").write_text(json.dumps(numbered(ROBERTA)))
+        (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n")
+    elif kind == "bert":
+        (folder / "vocab.txt").write_text("\n".join(BERT) + "\n")
+    else:
+        lower = {"clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True}
+        marks = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+        raw = {
+            "roberta": {
+                "model": {"type": "BPE", "vocab": numbered(ROBERTA), "merges": MERGES},
+                "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
+                "post_processor": {"type": "RobertaProcessing", "sep": ["</s>", 2], "cls": ["<s>", 0],
+                                   "trim_offsets": True, "add_prefix_space": False},
+                "added_tokens": added((0, "<s>"), (2, "</s>")),
+            },
+            "bert": {
+                "model": {"type": "WordPiece", "vocab": numbered(BERT), "unk_token": "[UNK]",
+                          "continuing_subword_prefix": "##", "max_input_chars_per_word": 100},
+                "normalizer": {"type": "BertNormalizer", **lower},
+                "pre_tokenizer": {"type": "BertPreTokenizer"},
+                "post_processor": {"type": "BertProcessing", "sep": ["[SEP]", 3], "cls": ["[CLS]", 2]},
+                "added_tokens": added((2, "[CLS]"), (3, "[SEP]")),
+            },
+        }.get(model) or {
+            "model": {"type": "Unigram", "unk_id": 3, "byte_fallback": False,
+                      "vocab": [[word, -float(i)] for i, word in enumerate(XLM if model[0] == "x" else CAMEMBERT)]},
+            "normalizer": {"type": "Sequence", "normalizers": [
+                {"type": "Precompiled", "precompiled_charsmap": charsmap()}]},
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, marks]},
+            "post_processor": {"type": "BertProcessing", "sep": ["</s>", 2], "cls": ["<s>", 0]},
+            "added_tokens": [],
+        }  # fmt: skip
+        content["tokenizer.json"] = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None} | raw
+    for name in {**content, **files}:
+        (folder / name).write_text(json.dumps(content.get(name, {}) | files.get(name, {})))
+    return folder
+
+
+SETTINGS, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+OTHER_NAMES = {"bos_token": "<b>", "cls_token": "<b>", "eos_token": "<e>", "sep_token": "<e>", "pad_token": "<p>"}
+LIST = {"additional_special_tokens": ["<new>", "new"]}
+CASES = [  # (kind, files, whether they change the ids of TEXTS)
+    *((kind, {}, False) for kind in ("roberta", "roberta json", "bert", "bert json", "xlm-roberta", "camembert")),
+    # RoBERTa, and what holds for every class: which file names tokens
+    ("roberta", {ADDED: {"<new>": 500, "unrise": 400}}, True),
+    ("roberta", {SETTINGS: {"added_tokens_decoder": {"400": NEW | FLAGS, "300": {"content": "<new>"}}}}, True),
+    ("roberta", {SETTINGS: {"added_tokens_decoder": {}}, MAP: LIST, ADDED: {"oil": 500}}, False),
+    ("roberta", {MAP: LIST, ADDED: {"rise": 500, "new": 501}}, True),
+    ("roberta", {SETTINGS: LIST}, True),
+    ("roberta", {SETTINGS: LIST, MAP: {"additional_special_tokens": ["oil"]}}, True),
+    ("roberta", {SETTINGS: {"extra_special_tokens": ["new"]}, MAP: {"extra_special_tokens": ["<new>"]}}, True),
+    ("roberta", {SETTINGS: {"extra_special_tokens": {"image_token": "new"}, "audio_token": "<new>"}}, True),
+    ("roberta", {SETTINGS: {"cls_token": "<e>"}, MAP: OTHER_NAMES | {"sep_token": {"content": "<e>"} | FLAGS}}, True),
+    ("roberta", {SETTINGS: {"cls_token": "<one>", "sep_token": {"__type": "AddedToken", "content": "<two>"}}}, True),
+    ("roberta", {SETTINGS: {"mask_token": None}}, True),
+    ("roberta", {SETTINGS: {"add_prefix_space": True}}, True),
+    ("roberta", {SETTINGS: {"truncation_side": "left"}}, True),
+    ("roberta", {"config.json": {"tokenizer_class": "RobertaTokenizerFast", "model_type": "bert"}}, False),
+    ("roberta json", {SETTINGS: {"add_prefix_space": True}}, True),
+    ("roberta json", {SETTINGS: {"tokenizer_class": "RobertaTokenizer", "truncation_side": "left"}}, True),
+    ("roberta json", {"tokenizer.json": {"added_tokens": added((500, "new"))}, ADDED: {"new": 10}}, True),
+    ("roberta json", {"tokenizer.json": {"added_tokens": added((500, "new"))},
+                      SETTINGS: {"added_tokens_decoder": {"400": {"content": "<new>"}}}}, True),
+    # BERT
+    ("bert", {SETTINGS: {"do_lower_case": False}}, True),
+    ("bert", {SETTINGS: {"strip_accents": False}}, True),
+    ("bert", {SETTINGS: {"do_lower_case": False, "strip_accents": True}}, True),
+    ("bert", {SETTINGS: {"tokenize_chinese_chars": False}}, True),
+    ("bert", {SETTINGS: OTHER_NAMES | {"unk_token": "b"}}, True),
+    ("bert", {MAP: LIST | OTHER_NAMES, ADDED: {"rise,": 50}}, True),
+    ("bert", {SETTINGS: {"mask_token": "NEW"}, ADDED: {"NEW": 50, "UNRISE": 51}}, True),
+    ("bert json", {SETTINGS: {"do_lower_case": False, "strip_accents": None}}, True),
+    ("bert json", {SETTINGS: {"tokenizer_class": "BertTokenizer", "tokenize_chinese_chars": False}}, True),
+    ("bert json", {SETTINGS: {"truncation_side": "left"}}, True),
+    ("bert json", {"tokenizer.json": {"truncation": {"direction": "Left", "max_length": 9, "stride": 0,
+                                                     "strategy": "LongestFirst"}}}, True),
+    ("bert json", {"tokenizer.json": {"normalizer": None, "pre_tokenizer": None, "post_processor": None}}, False),
+    # XLM-R and CamemBERT
+    ("xlm-roberta", {SETTINGS: {"add_prefix_space": False}}, True),
+    ("xlm-roberta", {"tokenizer.json": {"normalizer": None}}, True),
+    ("xlm-roberta", {MAP: OTHER_NAMES | {"cls_token": "b", "mask_token": {"content": "<mask>"} | FLAGS},
+                     ADDED: {"new": 99}}, True),
+    ("xlm-roberta", {SETTINGS: LIST | {"tokenizer_class": "XLMRobertaTokenizer", "truncation_side": "left"}}, True),
+    ("camembert", {SETTINGS: {"add_prefix_space": False, "additional_special_tokens": ["new"]}}, True),
+    ("camembert", {MAP: OTHER_NAMES | {"mask_token": "a"}, ADDED: {"<new>": 99}}, True),
+    ("camembert", {"config.json": {"model_type": "xlm-roberta"}}, False),
+    # tokenizer.json as it is
+    ("bert json", {SETTINGS: {"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": False}}, True),
+    ("bert json", {SETTINGS: {"tokenizer_class": "TokenizersBackend", "truncation_side": "left"} | OTHER_NAMES}, True),
+    ("roberta json", {SETTINGS: LIST | {"tokenizer_class": "PreTrainedTokenizerFast"}, MAP: OTHER_NAMES,
+                      ADDED: {"rise": 1, "<new>": 2}}, True),
+    ("roberta json", {SETTINGS: {"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": True},
+                      "tokenizer.json": {"padding": {"strategy": "BatchLongest", "direction": "Right", "pad_id": 1,
+                      "pad_to_multiple_of": None, "pad_type_id": 0, "pad_token": "<p>"}}}, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "files", "changes"), CASES)
+def test_the_files_of_a_folder(tmp_path, kind, files, changes):
+    """Each setting in each file, here and in transformers; and what is saved gives the same ids in both."""
+    folder, saved = folder_of(tmp_path / "folder", kind, files), tmp_path / "saved"
+    plain = folder_of(tmp_path / "plain", kind, {})
+    assert (our_ids(folder) != our_ids(plain)) == changes
+    saved.mkdir()
+    TextTokenizer.from_directory(folder, 40).save(saved)
+    for where in (folder, saved):
+        theirs, ours = transformers.AutoTokenizer.from_pretrained(where), TextTokenizer.from_directory(where, 40)
+        for length, found in zip((40, 6), our_ids(where), strict=True):
+            for text, ids, expected in zip(TEXTS, found, their_ids(theirs, TEXTS, length), strict=True):
+                assert_same(ids, expected, f"{where.name}, {length}, {text!r}")
+        assert_same(ours.pad_token_id, theirs.pad_token_id if theirs.pad_token else ours.pad_token_id, "padding id")
+        assert_same(ours.vocab_size, max(theirs.get_vocab().values()) + 1, "size")
+
+
+def our_ids(folder):
+    """The ids of TEXTS, complete and truncated."""
+    return [TextTokenizer.from_directory(folder, length).encode_batch(TEXTS) for length in (40, 6)]

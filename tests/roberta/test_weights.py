@@ -244,6 +244,9 @@ def test_an_interrupted_save_leaves_the_old_file(folder, monkeypatch):
     assert not list(folder.glob("*.part"))
 
 
+WORDS = {"tokenizer.json": '{"model": {"type": "WordPiece", "vocab": {}}}'}
+
+
 @pytest.mark.parametrize(
     ("files", "says"),
     [
@@ -251,6 +254,26 @@ def test_an_interrupted_save_leaves_the_old_file(folder, monkeypatch):
         ({"vocab.json": "{}"}, "holds no tokenizer"),
         ({"tokenizer.json": "{}"}, "tokenizer.json: not a tokenizer"),
         ({"vocab.json": "{broken", "merges.txt": "#version"}, "vocab.json: not a tokenizer"),
+        ({"vocab.txt": "a", "config.json": '{"model_type": "roberta"}'}, "holds no tokenizer"),
+        ({"sentencepiece.bpe.model": ""}, r"from_pretrained\('.*'\).save_pretrained\('.*'\)"),
+        (WORDS | {"config.json": '{"model_type": "roberta"}'}, "holds 'WordPiece', and RobertaTokenizer is BPE; name"),
+        (WORDS | {"tokenizer_config.json": '{"tokenizer_class": "GPT2Tokenizer"}'}, "'GPT2Tokenizer' is not supported"),
+        (WORDS | {"tokenizer_config.json": "[]"}, "tokenizer_config.json: does not hold a JSON object"),
+        *(
+            (WORDS | {"tokenizer_config.json": json.dumps(fields)}, f"tokenizer_config.json: {says}")
+            for fields, says in (
+                ({"split_special_tokens": True}, "split_special_tokens is True, only False is supported"),
+                ({"padding_side": "left"}, "padding_side is 'left', only 'right' is supported"),
+                ({"auto_map": {"AutoTokenizer": ["a.B", None]}}, "auto_map is .* is supported"),
+                ({"fast_tokenizer_files": ["tokenizer.4.json"]}, "fast_tokenizer_files is .* is supported"),
+                ({"vocab": {"a": 0}}, "vocab is .* is supported"),
+                ({"do_lower_case": "yes"}, "do_lower_case is 'yes', a value of the wrong type"),
+                ({"truncation_side": "top"}, "truncation_side is 'top', it must be 'right' or 'left'"),
+                ({"mask_token": 5}, "mask_token is 5, it must be a text"),
+                ({"mask_token": {"content": "m", "lstrip": 5}}, "mask_token is .*, it must be a text"),
+                ({"added_tokens_decoder": {"x": "a"}}, "an added token or its id is damaged"),
+            )
+        ),
     ],
 )
 def test_a_folder_without_a_usable_tokenizer(tmp_path, files, says):
