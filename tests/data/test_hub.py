@@ -590,3 +590,11 @@ def test_a_checkpoint_folder_lacking_a_file_names_it(tiny_checkpoint, tmp_path, 
             (tmp_path / path.name).write_bytes(path.read_bytes())
     with pytest.raises(DataError, match=missing):
         assets.fetch_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("names", [["vocab.json", "merges.txt"], ["vocab.txt"], ["sentencepiece.bpe.model"]])
+def test_a_checkpoint_folder_with_another_vocabulary_is_complete(tmp_path, names):
+    """The last is refused where it is read, with the line that converts it."""
+    for name in ("config.json", "model.safetensors", *names):
+        (tmp_path / name).touch()
+    assert assets.fetch_checkpoint(str(tmp_path)).directory == tmp_path
