@@ -31,7 +31,7 @@ from data.errors import DataError
 from data.sources import LabelledText, Split, listed, load_source, read_unlabelled
 from lora.files import atomic_write
 from lora.inject import merge_lora, unload_lora
-from lora.peft_format import adapter_shapes, load_adapter, read_base_model
+from lora.peft_format import adapter_folders, adapter_shapes, load_adapter, read_base_model
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
 from roberta.tokenizer import TextTokenizer
@@ -113,7 +113,7 @@ def load_trained(arguments: Arguments) -> Trained:
     """
     folder = RunFolder(arguments.run)
     is_run = folder.config.is_file()
-    if not is_run and not (arguments.run / "adapter_config.json").is_file():
+    if not is_run and not (adapter_folders(arguments.run)[0] / "adapter_config.json").is_file():
         raise ConfigError(f"{arguments.run}: neither a run folder (config.toml) nor an adapter (adapter_config.json)")
     adapter = folder.adapter if is_run else arguments.run
     config_path = arguments.config or (folder.config if is_run else None)

@@ -188,7 +188,7 @@ def train(config: RunConfig, world: World = ALONE) -> int:
     inputs = load_inputs(config, world)  # text, checkpoint, tokenizer, token ids
 
     model = load_checkpoint(inputs.checkpoint.directory, inputs.model_config, new_head=inputs.new_head)
-    inject_lora(model, config.lora)  # freezes all but the adapters, the biases asked for, and the head
+    inject_lora(model, *config.methods)  # freezes all but the adapters, the biases asked for, and the head
     compute.cast_frozen(model.roberta)  # 16-bit runs: frozen weights rounded once, not in every step
     model.to(compute.device)
     if compute.device.type == "cpu":

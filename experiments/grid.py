@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training.command_line import section_of
 from training.config import RunConfig, parse_config, read_toml
 from training.errors import ConfigError
 
@@ -114,8 +115,8 @@ def _axes(raw: dict[str, Any], kind: Any, prefix: str = "") -> Iterator[tuple[st
     hints = typing.get_type_hints(kind)
     for name, value in raw.items():
         hint = hints.get(name)
-        if isinstance(value, dict) and dataclasses.is_dataclass(hint):
-            yield from _axes(value, hint, f"{prefix}{name}.")
+        if isinstance(value, dict) and (section := section_of(hint)):
+            yield from _axes(value, section, f"{prefix}{name}.")
         elif isinstance(value, list) and hint is not None:
             takes_list = any(typing.get_origin(part) is tuple for part in (hint, *typing.get_args(hint)))
             if not takes_list or any(isinstance(item, list) for item in value):

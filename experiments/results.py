@@ -30,8 +30,8 @@ class Row:
 
     name: str
     model: str
-    rank: int
-    alpha: float
+    rank: int | None
+    alpha: float | None
     targets: str
     seeds: str
     """Finished runs of all runs."""
@@ -67,14 +67,15 @@ def collect(planned: Sequence[Planned], runs: Path, limit: int) -> list[Row]:
 
 def _row(group: list[Planned], runs: Path, limit: int) -> Row:
     config = group[0].config
-    targets = config.lora.target_modules
+    lora = config.lora
+    targets = lora.target_modules if lora else ""
     folders = [RunFolder(runs / run.folder) for run in group]
     finished = [folder for folder in folders if folder.is_complete()]
     row = Row(
         name=group[0].name,
         model=config.model.checkpoint,
-        rank=config.lora.rank,
-        alpha=config.lora.alpha,
+        rank=lora.rank if lora else None,
+        alpha=lora.alpha if lora else None,
         targets=targets if isinstance(targets, str) else " ".join(targets),
         seeds=f"{len(finished)} of {len(group)}",
     )
@@ -115,8 +116,8 @@ def _cells(row: Row) -> dict[str, str]:
     return {
         "configuration": row.name,
         "model": row.model,
-        "rank": str(row.rank),
-        "alpha": f"{row.alpha:g}",
+        "rank": "" if row.rank is None else str(row.rank),
+        "alpha": "" if row.alpha is None else f"{row.alpha:g}",
         "targets": row.targets,
         "trainable": number(row.trainable, ","),
         "within budget": "" if row.within_budget is None else "yes" if row.within_budget else "no",

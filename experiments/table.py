@@ -201,7 +201,7 @@ def _trainable(config: RunConfig) -> int | None:
     model, labels = PUBLISHED.get(config.model.checkpoint), LABELS_OF_NAMED_SOURCES.get(config.data.source)
     if model is None or labels is None:
         return None
-    return trainable_parameters(dataclasses.replace(model, label_names=tuple(map(str, range(labels)))), config.lora)
+    return trainable_parameters(dataclasses.replace(model, label_names=tuple(map(str, range(labels)))), config.methods)
 
 
 if __name__ == "__main__":

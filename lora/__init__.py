@@ -1,10 +1,10 @@
 """LoRA for any `nn.Module` that holds `nn.Linear`: wrap, freeze, count, save, load, merge."""
 
-from lora.adapter import Adapter
-from lora.config import LoRAConfig, LoRAError
+from lora.adapter import Adapter, adapters
+from lora.config import LoRAConfig
+from lora.errors import LoRAError
 from lora.inject import (
     ParameterCount,
-    adapters,
     count_parameters,
     inject_lora,
     merge_lora,

@@ -1,49 +1,59 @@
-"""The base class of all methods: a frozen linear layer and the trainable parameters that a method adds to it.
+"""The base class of all methods: a frozen module and the trainable parameters that a method adds to it.
 
 A method of parameter-efficient fine-tuning is one subclass of `Adapter` in one file: its trainable parameters, its
-`forward` and its `merged`. Merging, counting, budgets, files and reports ask the adapters of a model for what they need
-and know no method by name.
+`forward` and, where there is one, its `merged`. Merging, counting, budgets, files and reports ask the adapters of a
+model for what they need and know no method by name.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lora.errors import LoRAError
+
 
 class Adapter(nn.Module):
-    """A frozen `nn.Linear`, `base`, with a method's trainable parameters beside it.
+    """A frozen module, `base` (mostly an `nn.Linear`), with a method's trainable parameters beside it.
 
-    A subclass sets `method` and `peft_keys`, makes its parameters by `parameter_like`, and defines `settings`, `merged`
-    and `forward`. `forward` must return `self.base(x)` while `is_merged`, as the update is in `base` then.
+    A subclass sets `method` and `peft_keys`, makes its parameters by `parameter_like`, and defines `forward`, and
+    `merged` if `base` is an `nn.Linear` that can compute the same by itself; `forward` must return `self.base(x)` while
+    `is_merged`, as the update is in `base` then.
     """
 
     method: ClassVar[str]
     """Name of the method, for tables."""
     peft_keys: ClassVar[dict[str, str]]
     """Maps the name of each of the adapter's parameters to the suffix of its key in peft's file."""
+    config: Any = None
+    """The settings that it was made by; set by `lora.inject`."""
 
-    def __init__(self, base: nn.Linear) -> None:
+    def __init__(self, base: nn.Module) -> None:
         super().__init__()
-        self.base = base.requires_grad_(False)
+        self.base: Any = base.requires_grad_(False)
         self._unmerged: tuple[Tensor, Tensor | None] | None = None  # the frozen (W, b), kept while merged
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out): the method's complete formula."""
+        """The method's complete formula, in the shapes of `base`: (..., in) -> (..., out) for a linear layer."""
         raise NotImplementedError
 
     def merged(self) -> tuple[Tensor, Tensor | None]:
         """The W' (out, in) and b' (out,) of a plain linear layer that computes the same: x W'^T + b'.
 
-        A method without such a layer raises NotImplementedError.
+        Raises LoRAError for a method without such a layer.
         """
-        raise NotImplementedError
+        raise LoRAError(f"{self.method} can't be merged into the weights; use the model as it is")
 
     def settings(self) -> dict[str, float]:
         """Numbers that affect the output and are not parameters, such as rank and scaling; compared on loading."""
-        raise NotImplementedError
+        return {}
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """The method's parameters by name: all but those of `base`."""
+        return {name: value for name, value in self.named_parameters() if not name.startswith("base.")}
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of the layer."""
@@ -54,9 +64,14 @@ class Adapter(nn.Module):
 
         Also over a half-precision base: an update of 1e-4 would be lost in bfloat16's eight bits.
         """
-        weight = self.base.weight
+        weight = next(self.base.parameters())
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype))
+
+    @property
+    def can_merge(self) -> bool:
+        """Whether the method has a plain linear layer that computes the same."""
+        return type(self).merged is not Adapter.merged
 
     @property
     def is_merged(self) -> bool:
@@ -89,3 +104,23 @@ class Adapter(nn.Module):
         if bias is not None:
             self.base.bias.copy_(bias)
         self._unmerged = None
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """Every adapter of the model, by the name that the wrapped module has in the plain model."""
+    found: dict[str, Adapter] = {}
+    for name, module in model.named_modules():  # a module before those inside it
+        if isinstance(module, Adapter):
+            found[plain_name(name, found)] = module
+    return found
+
+
+def plain_name(name: str, wrapped: Iterable[str]) -> str:
+    """The name in the plain model of a module or parameter of a model with adapters on the modules `wrapped`.
+
+    "attention.output.base.dense.base.bias" -> "attention.output.dense.bias".
+    """
+    for adapted in wrapped:
+        if f"{name}.".startswith(f"{adapted}.base."):
+            name = adapted + name.removeprefix(f"{adapted}.base")
+    return name

@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from lora.config import LoRAConfig, LoRAError
+from lora.config import LoRAConfig, MethodConfig
+from lora.errors import LoRAError
 from lora.inject import ParameterCount, count_parameters, inject_lora
 
 HEADS = {"full": ("classifier",), "out_proj": ("classifier.out_proj",), "none": ()}
@@ -32,18 +33,18 @@ TARGET_SETS = (
 )
 
 
-def count_on_meta(build: Callable[[], nn.Module], config: LoRAConfig) -> ParameterCount:
-    """The parameters of `build()` with the adapters of `config`, without memory. Raises what `inject_lora` raises."""
+def count_on_meta(build: Callable[[], nn.Module], *configs: MethodConfig) -> ParameterCount:
+    """The parameters of `build()` with these methods, without memory. Raises what `inject_lora` raises."""
     with torch.device("meta"):
-        return count_parameters(inject_lora(build(), config))
+        return count_parameters(inject_lora(build(), *configs))
 
 
-def largest_rank(build: Callable[[], nn.Module], config: LoRAConfig, budget: int) -> int:
-    """The largest rank with which `config` trains at most `budget` parameters; 0 if rank 1 trains more.
+def largest_rank(build: Callable[[], nn.Module], config: LoRAConfig, budget: int, *others: MethodConfig) -> int:
+    """The largest rank with which `config`, beside `others`, trains at most `budget` parameters; 0 if there is none.
 
     The count is linear in the rank, so two counts determine it. Raises what `inject_lora` raises.
     """
-    one, two = (count_on_meta(build, dataclasses.replace(config, rank=rank)).trainable for rank in (1, 2))
+    one, two = (count_on_meta(build, dataclasses.replace(config, rank=rank), *others).trainable for rank in (1, 2))
     return 0 if one > budget or one == two else 1 + (budget - one) // (two - one)
 
 

@@ -5,37 +5,88 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora.adapter import Adapter
+from lora.errors import LoRAError
 from lora.linear import LoRALinear
-from lora.targets import ALL_LINEAR, HEAD_NAMES, expressions, matches, pattern_value
-
-
-class LoRAError(ValueError):
-    """A setting or adapter file that can't be used: one line that names the field or file, and the fix."""
+from lora.targets import (
+    ALL_LINEAR,
+    HEAD_NAMES,
+    check_names,
+    expressions,
+    fully_trained_modules,
+    matches,
+    pattern_value,
+    targeted_linears,
+)
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
-    """Settings of LoRA, with the meanings that peft's `LoraConfig` gives them (its name in brackets where it differs).
+class MethodConfig:
+    """Settings of a method. A subclass says which modules it wraps, by what, and what else it trains.
 
-    Raises LoRAError for a rank below 1, an alpha of 0 or less, a dropout outside [0, 1), an unknown bias, no target or
-    no layer at all, what is not a regular expression, or layers chosen by number together with a regular expression
-    (which can name its layers itself) or with "all-linear".
+    Fields have the meanings of peft's configuration; a name that differs from peft's is listed in `peft_names`.
     """
 
-    peft_type: ClassVar[str] = "LORA"
-    peft_names: ClassVar[dict[str, str]] = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+    table: ClassVar[str]
+    """Name of the method in a TOML file, and of its folder where several methods are saved."""
+    peft_type: ClassVar[str]
+    peft_names: ClassVar[dict[str, str]] = {}
+    peft_constants: ClassVar[dict[str, Any]] = {}
+    """Fields of peft's file that have one value here."""
+    peft_lacks: ClassVar[tuple[str, ...]] = ()
+    """Settings that peft does not have for this method; where they are used, its file lists the layers by name."""
+    key_prefix: ClassVar[str] = "base_model.model."
+    """What peft puts before the name of each parameter."""
 
-    rank: int = 8
-    """Rank r of every update [r]."""
-    alpha: float = 16.0
-    """Numerator of the scale alpha / r [lora_alpha]."""
-    dropout: float = 0.0
-    """Probability of zeroing an input of the update, during training [lora_dropout]."""
+    modules_to_save: tuple[str, ...] = ("classifier",)
+    """Modules trained fully and saved with the adapter; the head, unless told otherwise."""
+
+    def targets(self, model: nn.Module) -> Mapping[str, nn.Module]:
+        """The modules to wrap, by their names in the plain model; of a model with adapters, what these wrap."""
+        return {}
+
+    def wrap(self, base: Any, name: str) -> Adapter:
+        """The adapter of the module `base`."""
+        raise NotImplementedError
+
+    def wrap_all(self, modules: Mapping[str, nn.Module]) -> dict[str, Adapter]:
+        """The adapters of all `modules`; a method whose adapters share something makes them here."""
+        return {name: self.wrap(module, name) for name, module in modules.items()}
+
+    def trains(self, name: str, adapted: bool) -> bool:
+        """Whether the model's own parameter `name` is trained, `adapted` telling if its module is a target."""
+        return False
+
+    def check(self, model: nn.Module) -> None:
+        """Raise LoRAError for a setting that does not fit `model`."""
+        fully_trained_modules(model, self)
+
+    def unmatched_patterns(self, names: Collection[str]) -> list[str]:
+        """The `rank_pattern` and `alpha_pattern` that match none of `names`, as texts for a message."""
+        return [
+            f"{field} {pattern!r}"
+            for field in ("rank_pattern", "alpha_pattern")
+            for pattern in getattr(self, field, ())
+            if not any(pattern_value({pattern: True}, name, False) for name in names)
+        ]
+
+    def shared(self, wrapped: Mapping[str, Adapter]) -> dict[str, Tensor]:
+        """Key in peft's file -> tensor, for what the adapters share and do not train."""
+        return {}
+
+    def parameter_key(self, name: str, key: str) -> str:
+        """Key in peft's file of an adapter's parameter: `name` is that of the wrapped module, `key` of `peft_keys`."""
+        return f"{self.key_prefix}{name}.{key}"
+
+
+@dataclass(frozen=True)
+class LinearMethodConfig(MethodConfig):
+    """Settings of a method that wraps linear layers."""
+
     target_modules: tuple[str, ...] | str = ("query", "key", "value")
     """Linear layers to adapt: names or ends of names, one regular expression for the whole name, or "all-linear": all
     outside `modules_to_save` and a head called classifier or score."""
@@ -45,14 +96,74 @@ class LoRAConfig:
     """Numbers of the encoder layers to adapt; None adapts all."""
     layers_pattern: tuple[str, ...] | str | None = None
     """Names of the lists, such as "layer", whose layers `layers_to_transform` counts; None counts in any."""
+
+    def targets(self, model: nn.Module) -> Mapping[str, nn.Module]:
+        """The linear layers that the settings select."""
+        return targeted_linears(model, self)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise LoRAError for a setting that names a module that `model` does not have, or not as nn.Linear."""
+        check_names(model, self)
+
+    def selects(self, name: str) -> bool:
+        """Whether the linear layer `name` is to be adapted, unless it is in one of `modules_to_save`."""
+        if self.exclude_modules and matches(self.exclude_modules, name):
+            return False
+        if self.target_modules == ALL_LINEAR:
+            return name.partition(".")[0] not in HEAD_NAMES
+        return matches(self.target_modules, name, self.layers_to_transform, self.layers_pattern)
+
+    def __post_init__(self) -> None:
+        if self.target_modules == (ALL_LINEAR,):  # as the command line gives it
+            object.__setattr__(self, "target_modules", ALL_LINEAR)
+        if not self.target_modules:
+            raise LoRAError(f"{self.table}: target_modules is empty; name at least one linear layer, for example query")
+        if self.layers_to_transform is not None and not self.layers_to_transform:
+            raise LoRAError(
+                f"{self.table}: layers_to_transform is empty; name at least one layer, or omit it to adapt all"
+            )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise LoRAError(
+                f"{self.table}: layers_to_transform can't be combined with all-linear or another expression in "
+                "target_modules; put the layer numbers into the expression"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise LoRAError(f"{self.table}: layers_pattern has no effect without layers_to_transform; give both")
+        for expression in expressions(vars(self)):
+            try:
+                re.compile(expression)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise LoRAError(
+                    f"{self.table}: {expression!r} is not a regular expression ({error}); correct it"
+                ) from None
+
+
+@dataclass(frozen=True)
+class LoRAConfig(LinearMethodConfig):
+    """Settings of LoRA, with the meanings that peft's `LoraConfig` gives them (its name in brackets where it differs).
+
+    Raises LoRAError for a rank below 1, an alpha of 0 or less, a dropout outside [0, 1), an unknown bias, no target or
+    no layer at all, what is not a regular expression, or layers chosen by number together with a regular expression
+    (which can name its layers itself) or with "all-linear".
+    """
+
+    table: ClassVar[str] = "lora"
+    peft_type: ClassVar[str] = "LORA"
+    peft_names: ClassVar[dict[str, str]] = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+    peft_constants: ClassVar[dict[str, Any]] = {"init_lora_weights": True, "fan_in_fan_out": False}
+
+    rank: int = 8
+    """Rank r of every update [r]."""
+    alpha: float = 16.0
+    """Numerator of the scale alpha / r [lora_alpha]."""
+    dropout: float = 0.0
+    """Probability of zeroing an input of the update, during training [lora_dropout]."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Ranks of single modules, by a regular expression for the end of the name."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     """Alphas of single modules, likewise."""
     bias: Literal["none", "lora_only", "all"] = "none"
     """Biases to train: none, those of the adapted layers, or all."""
-    modules_to_save: tuple[str, ...] = ("classifier",)
-    """Modules trained fully and saved with the adapter; the head, unless told otherwise."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r."""
 
@@ -66,26 +177,12 @@ class LoRAConfig:
             use_rslora=self.use_rslora,
         )
 
-    def selects(self, name: str) -> bool:
-        """Whether the linear layer `name` is to be adapted, unless it is in one of `modules_to_save`."""
-        if self.exclude_modules and matches(self.exclude_modules, name):
-            return False
-        if self.target_modules == ALL_LINEAR:
-            return name.partition(".")[0] not in HEAD_NAMES
-        return matches(self.target_modules, name, self.layers_to_transform, self.layers_pattern)
-
-    def unmatched_patterns(self, names: Collection[str]) -> list[str]:
-        """The `rank_pattern` and `alpha_pattern` that match none of `names`, as texts for a message."""
-        return [
-            f"{field} {pattern!r}"
-            for field in ("rank_pattern", "alpha_pattern")
-            for pattern in getattr(self, field)
-            if not any(pattern_value({pattern: True}, name, False) for name in names)
-        ]
+    def trains(self, name: str, adapted: bool) -> bool:
+        """Biases as `bias` says."""
+        return name.rpartition(".")[2] == "bias" and (self.bias == "all" or (self.bias == "lora_only" and adapted))
 
     def __post_init__(self) -> None:
-        if self.target_modules == (ALL_LINEAR,):  # as the command line gives it
-            object.__setattr__(self, "target_modules", ALL_LINEAR)
+        super().__post_init__()
         for where, rank in [("rank", self.rank), *((f"rank_pattern {k!r}", v) for k, v in self.rank_pattern.items())]:
             if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank < 2**31:
                 raise LoRAError(f"lora: {where} is {rank!r}; a rank is an integer, 1 or more, below {2**31}")
@@ -97,19 +194,7 @@ class LoRAConfig:
             raise LoRAError(f"lora: dropout is {self.dropout!r}; it is a probability in [0, 1)")
         if self.bias not in ("none", "lora_only", "all"):
             raise LoRAError(f"lora: bias is {self.bias!r}; choose none, lora_only or all")
-        if not self.target_modules:
-            raise LoRAError("lora: target_modules is empty; name at least one linear layer, for example query")
-        if self.layers_to_transform is not None and not self.layers_to_transform:
-            raise LoRAError("lora: layers_to_transform is empty; name at least one layer, or omit it to adapt all")
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise LoRAError(
-                "lora: layers_to_transform can't be combined with all-linear or another expression in target_modules; "
-                "put the layer numbers into the expression"
-            )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise LoRAError("lora: layers_pattern has no effect without layers_to_transform; give both")
-        for expression in expressions(vars(self)):
-            try:
-                re.compile(expression)
-            except (re.error, RecursionError, OverflowError) as error:
-                raise LoRAError(f"lora: {expression!r} is not a regular expression ({error}); correct it") from None
+
+
+METHODS: dict[str, type[MethodConfig]] = {config.table: config for config in (LoRAConfig,)}
+"""Every method by the name of its table."""

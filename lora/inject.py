@@ -1,138 +1,77 @@
-"""Adapters in a model: which linear layers are wrapped, what is frozen, how many parameters are trained.
+"""Adapters in a model: which modules are wrapped, what is frozen, how many parameters are trained.
 
-Works on any `nn.Module` that contains `nn.Linear`. The layer is in `lora.linear`, the matching of names in
-`lora.targets`, files in `lora.peft_format`.
+Works on any `nn.Module`. Methods are in files of their own (`lora.linear`), the matching of names in `lora.targets`,
+adapters on disk in `lora.peft_format`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
 
-from lora.adapter import Adapter
-from lora.config import LoRAConfig, LoRAError
-from lora.targets import ALL_LINEAR, layer_index, matches
+from lora.adapter import Adapter, adapters, plain_name
+from lora.config import MethodConfig
+from lora.errors import LoRAError
+from lora.targets import fully_trained_modules, within_layer
 
 
-def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
-    """Wrap the targeted linear layers of `model`, in place, and freeze everything else.
+def inject_lora(model: nn.Module, *configs: MethodConfig) -> nn.Module:
+    """Add the methods of `configs` to `model`, in place, and freeze everything else.
 
-    Trainable afterwards: the adapters' own parameters, the biases that `config.bias` names, and the modules in
-    `config.modules_to_save`. Everything else has `requires_grad = False`. The settings are stored on the model, as
-    `model.adapter_config`. Returns the same model.
+    Trainable afterwards: the adapters' own parameters, and those of the model's that a method trains: the modules in
+    `config.modules_to_save`, and what `config.trains` names. Everything else has `requires_grad = False`. The settings
+    are stored on the model, as `model.adapter_configs`. Returns the same model.
 
-    Raises LoRAError, before anything is changed, if a setting that names modules matches none, if a target is not an
-    `nn.Linear`, or if the model carries adapters already.
+    Raises LoRAError, before anything is changed, if a setting that names modules matches none, if a target is of the
+    wrong type, if two methods have the same target, or if the model carries adapters already.
     """
     if adapters(model):
         raise LoRAError("this model carries adapters already; unload them first, or start from a fresh model")
-    check_names(model, config)
-    return wrap_targets(model, config)
+    for config in configs:
+        config.check(model)
+    return wrap_targets(model, *configs)
 
 
-def wrap_targets(model: nn.Module, config: LoRAConfig) -> nn.Module:
+def wrap_targets(model: nn.Module, *configs: MethodConfig) -> nn.Module:
     """`inject_lora` without its checks: a setting that matches nothing has no effect."""
-    targets = targeted_linears(model, config)
-    fully_trained = fully_trained_modules(model, config)
+    targets = [config.targets(model) for config in configs]
+    owner: dict[str, str] = {}
+    for config, modules in zip(configs, targets, strict=True):
+        for name in modules:
+            if (other := owner.setdefault(name, config.table)) != config.table:
+                raise LoRAError(f"{other} and {config.table} both adapt {name}; choose other targets for one of them")
+    trained = [parameter for config in configs for parameter in trained_parameters(model, config).values()]
+    made: dict[str, Adapter] = {}
+    for config, modules in zip(configs, targets, strict=True):
+        for name, adapter in config.wrap_all(modules).items():
+            adapter.config = config
+            made[name] = adapter.train(modules[name].training)  # in the mode of the module
 
-    model.requires_grad_(False)  # everything; the adapters' parameters, created below, are trainable
-    for name, linear in targets.items():
-        _replace(model, name, config.wrap(linear, name).train(linear.training))  # in the mode of the layer
-        if config.bias == "lora_only" and linear.bias is not None:
-            linear.bias.requires_grad_(True)
-    if config.bias == "all":
-        for name, parameter in model.named_parameters():
-            if name.rpartition(".")[2] == "bias":
-                parameter.requires_grad_(True)
-    for module in fully_trained.values():
-        module.requires_grad_(True)
-    model.adapter_config = config  # type: ignore[assignment]  # nn.Module holds plain attributes too
+    model.requires_grad_(False)  # everything; the adapters' parameters are not in the model yet, and are trainable
+    for name in sorted(made, key=lambda name: -name.count(".")):  # a module inside another target first
+        _replace(model, name, made[name])
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    model.adapter_configs = configs  # type: ignore[assignment]  # nn.Module holds plain attributes too
     return model
 
 
-def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """Every adapter of the model, by the name of the wrapped layer."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
-
-
-def targeted_linears(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Linear]:
-    """The linear layers that `config` selects, by their names in the plain model, also if they are wrapped already.
-
-    The layers of a fully trained module need no update, so they are never targets (peft's rule).
-    """
-    wrapped = adapters(model)
+def trained_parameters(model: nn.Module, config: MethodConfig) -> dict[str, nn.Parameter]:
+    """The model's own parameters that `config` trains, by their names in the plain model."""
+    wrapped, targets = adapters(model), config.targets(model)
     fully_trained = tuple(f"{name}." for name in fully_trained_modules(model, config))
-    targets = {}
-    for name, module in model.named_modules():
-        plain = name.removesuffix(".base") if name.removesuffix(".base") in wrapped else name
-        if isinstance(module, nn.Linear) and config.selects(plain) and not f"{plain}.".startswith(fully_trained):
-            targets[plain] = module
-    return targets
-
-
-def check_names(model: nn.Module, config: LoRAConfig) -> None:
-    """Raise LoRAError for a setting that names a module or layer that `model` does not have, or not as nn.Linear."""
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    layers = config.layers_to_transform
-    present = {index for name in linears if (index := layer_index(name, config.layers_pattern)) is not None}
-    absent = sorted(set(layers or ()) - present)
-    if absent:
-        have = f"layers {min(present)} to {max(present)}" if present else "no numbered layers"
-        raise LoRAError(f"lora: layers_to_transform: no layer {', '.join(map(str, absent))}; the model has {have}")
-
-    fully_trained = tuple(f"{name}." for name in fully_trained_modules(model, config))
-    candidates = {
-        name: module for name, module in model.named_modules() if name and not f"{name}.".startswith(fully_trained)
+    return {
+        name: parameter
+        for name, parameter in own_parameters(model, wrapped).items()
+        if name.startswith(fully_trained) or config.trains(name, name.rpartition(".")[0] in targets)
     }
-    for shown, one in _each(config.exclude_modules or ()):
-        if not (hits := [name for name in candidates if matches(one, name)]):
-            raise LoRAError(f"lora: exclude_modules: {shown} matches no module; there are {_endings(linears)}")
-        candidates = {name: module for name, module in candidates.items() if name not in hits}
-    for shown, one in () if config.target_modules == ALL_LINEAR else _each(config.target_modules):
-        if not (hits := [name for name in candidates if matches(one, name, layers, config.layers_pattern)]):
-            raise LoRAError(f"lora: target_modules: {shown} matches no linear layer; there are {_endings(linears)}")
-        for name in hits:
-            if name not in linears:
-                raise LoRAError(
-                    f"lora: target_modules: {shown} matches {name}, a {type(candidates[name]).__name__}; "
-                    f"adapters wrap nn.Linear: {_endings(linears)}"
-                )
-    adapted = targeted_linears(model, config)
-    if not adapted:
-        raise LoRAError(f"lora: target_modules: {config.target_modules!r} matches no linear layer that may be adapted")
-    for pattern in config.unmatched_patterns(adapted):
-        raise LoRAError(f"lora: {pattern} matches no adapted layer; there are {_endings(adapted)}")
 
 
-def _each(names: str | Iterable[str]) -> list[tuple[str, str | tuple[str]]]:
-    """A regular expression, or each of several names, as shown in a message and as `matches` takes it."""
-    return [(repr(names), names)] if isinstance(names, str) else [(repr(name), (name,)) for name in names]
-
-
-def fully_trained_modules(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
-    """The modules whose name ends in an entry of `config.modules_to_save`, as in peft."""
-    chosen: dict[str, nn.Module] = {}
-    for wanted in config.modules_to_save:
-        hits = {name: module for name, module in model.named_modules() if matches([wanted], name)}
-        if not hits:
-            children = ", ".join(name for name, _ in model.named_children())
-            raise LoRAError(f"lora: modules_to_save: {wanted!r} matches no module; the model's parts are {children}")
-        chosen |= hits
-    return chosen
-
-
-def _endings(names: Iterable[str]) -> str:
-    """The distinct names without the path up to the layer number, for error messages."""
-    return ", ".join(dict.fromkeys(_within_layer(name) for name in names))
-
-
-def _within_layer(name: str) -> str:
-    """A module's name after the last number in its path: "encoder.layer.3.output.dense" -> "output.dense"."""
-    parts = name.split(".")
-    numbers = [index for index, part in enumerate(parts[:-1]) if part.isdigit()]
-    return ".".join(parts[numbers[-1] + 1 :]) if numbers else name
+def own_parameters(model: nn.Module, wrapped: dict[str, Adapter]) -> dict[str, nn.Parameter]:
+    """The parameters that the plain model has, by their names there."""
+    added = {id(value) for adapter in wrapped.values() for value in adapter.own_parameters().values()}
+    return {plain_name(name, wrapped): value for name, value in model.named_parameters() if id(value) not in added}
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -142,8 +81,15 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Merge every adapter into its frozen layer, in place. Raises RuntimeError if one is merged already."""
-    for adapter in adapters(model).values():
+    """Merge every adapter into its frozen layer, in place.
+
+    Raises RuntimeError if one is merged already, LoRAError, before anything is changed, if one can't be merged.
+    """
+    wrapped = adapters(model).values()
+    for adapter in wrapped:
+        if not adapter.can_merge:
+            adapter.merged()  # raises
+    for adapter in wrapped:
         adapter.merge()
 
 
@@ -154,15 +100,16 @@ def unmerge_lora(model: nn.Module) -> None:
 
 
 def unload_lora(model: nn.Module) -> nn.Module:
-    """Replace every adapter by its linear layer, in place: merged ones keep their update, others lose it.
+    """Replace every adapter by the module that it wraps, in place: merged ones keep their update, others lose it.
 
     `merge_lora(model)` followed by `unload_lora(model)` is peft's `merge_and_unload()`. Frozen parameters stay frozen.
     Returns the same model.
     """
-    for name, adapter in adapters(model).items():
-        _replace(model, name, adapter.base)
-    if hasattr(model, "adapter_config"):
-        del model.adapter_config
+    found = [(name, module.base) for name, module in model.named_modules() if isinstance(module, Adapter)]
+    for name, base in reversed(found):  # a module inside another target first
+        _replace(model, name, base)
+    if hasattr(model, "adapter_configs"):
+        del model.adapter_configs
     return model
 
 
@@ -198,13 +145,15 @@ class ParameterCount:
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Count trainable and total parameters, also for each part of the model."""
     wrapped = adapters(model)
+    added = {
+        id(value): f"{adapter.method} on {within_layer(name)}"
+        for name, adapter in wrapped.items()
+        for value in adapter.own_parameters().values()
+    }
     parts: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():  # names a shared tensor once
-        module = name.rpartition(".")[0]
-        if module in wrapped:  # an adapter's own; the frozen ones are in its `base`
-            part = f"{wrapped[module].method} on {_within_layer(module)}"
-        else:
-            part = ".".join(name.split(".")[:2]) if name.count(".") > 1 else name.split(".")[0]
+        plain = plain_name(name, wrapped).split(".")
+        part = added.get(id(parameter)) or ".".join(plain[:2] if len(plain) > 2 else plain[:1])
         trainable, total = parts.get(part, (0, 0))
         parts[part] = (trainable + parameter.numel() * parameter.requires_grad, total + parameter.numel())
     return ParameterCount(

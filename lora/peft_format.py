@@ -13,6 +13,7 @@ Source: the files of peft 0.4 to 0.21; tests/parity/test_adapters.py holds both 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import warnings
@@ -24,10 +25,11 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from lora.adapter import Adapter
-from lora.config import LoRAConfig, LoRAError
+from lora.adapter import Adapter, adapters
+from lora.config import METHODS, LinearMethodConfig, MethodConfig
+from lora.errors import LoRAError
 from lora.files import atomic_write
-from lora.inject import adapters, fully_trained_modules, targeted_linears, wrap_targets
+from lora.inject import own_parameters, trained_parameters, wrap_targets
 from lora.targets import HEAD_NAMES, expressions, matches
 from lora.untrusted import check_expressions, check_settings, non_float_tensors, open_weights, read_json
 
@@ -56,7 +58,9 @@ def save_adapter(
     task_type: str | None = None,
     also: tuple[str, ...] = (),
 ) -> None:
-    """Write the adapters, trained biases and fully trained modules of `model`, and its settings, as peft does.
+    """Write the adapters of `model`, what else was trained, and the settings, as peft does.
+
+    Of several methods each gets a folder of its own in `directory`, called by its name in a TOML file.
 
     `base_model` is the name or path under which the base checkpoint is found again, `task_type` peft's name of the
     task ("SEQ_CLS" for classification). `also` names modules to save completely even where they are only partly
@@ -64,36 +68,39 @@ def save_adapter(
     folder is made; each file appears whole or not at all. Raises LoRAError if the model has no adapters, OSError if a
     file can't be written.
     """
-    config = getattr(model, "adapter_config", None)
-    if config is None:
+    configs: tuple[MethodConfig, ...] = getattr(model, "adapter_configs", ())
+    if not configs:
         raise LoRAError("this model carries no adapters; inject them before saving")
+    about = {"task_type": task_type, "base_model_name_or_path": base_model, "inference_mode": True}
+    for config in configs:
+        folder = Path(directory) / config.table if len(configs) > 1 else Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        partly = tuple(name for name in config.modules_to_save if not matches(also, name.split(".")[0]))
+        config = dataclasses.replace(config, modules_to_save=(*partly, *also))
+        own = _adapters_of(config, adapters(model))
+        tensors = {key: value.detach().cpu().contiguous() for key, value in _saved(model, config, own).items()}
+        fields: dict[str, Any] = about | {"peft_type": config.peft_type} | config.peft_constants
+        for ours, theirs in _fields(type(config)).items():
+            if ours not in config.peft_lacks:
+                value = getattr(config, ours)
+                fields[theirs] = dict(value) if isinstance(value, Mapping) else value
+        if any(getattr(config, name) is not None for name in config.peft_lacks):
+            fields["target_modules"] = [*own]
+        with atomic_write(folder / WEIGHTS_NAME) as part:
+            part.write_bytes(save(tensors, metadata={"format": "pt"}))
+        # Sorted by name, but not within the patterns: the first that matches counts, so their order matters.
+        with atomic_write(folder / CONFIG_NAME) as part:
+            part.write_text(json.dumps(dict(sorted(fields.items())), indent=2) + "\n", encoding="utf-8")
+
+
+def adapter_folders(directory: str | Path) -> list[Path]:
+    """The folders with one method each: `directory` itself, or those in it that hold adapters."""
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    partly = tuple(name for name in config.modules_to_save if not matches(also, name.split(".")[0]))
-    config = dataclasses.replace(config, modules_to_save=(*partly, *also))
-    tensors = {
-        key: parameter.detach().cpu().contiguous()
-        for key, parameter in _saved_parameters(model, config, adapters(model)).items()
-    }
-    fields: dict[str, Any] = {
-        "peft_type": config.peft_type,
-        "task_type": task_type,
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "fan_in_fan_out": False,
-    }
-    for ours, theirs in _fields().items():
-        value = getattr(config, ours)
-        fields[theirs] = dict(value) if isinstance(value, Mapping) else value
-    with atomic_write(directory / WEIGHTS_NAME) as part:
-        part.write_bytes(save(tensors, metadata={"format": "pt"}))
-    # Sorted by name, but not within the patterns: the first that matches counts, so their order is part of the meaning.
-    with atomic_write(directory / CONFIG_NAME) as part:
-        part.write_text(json.dumps(dict(sorted(fields.items())), indent=2) + "\n", encoding="utf-8")
+    several = sorted(path.parent for path in directory.glob(f"*/{CONFIG_NAME}"))
+    return [directory] if (directory / CONFIG_NAME).is_file() or not several else several
 
 
-def load_adapter(model: nn.Module, directory: str | Path) -> LoRAConfig:
+def load_adapter(model: nn.Module, directory: str | Path) -> tuple[MethodConfig, ...]:
     """Give `model` the adapters of a folder that `save_adapter` or peft wrote; returns their settings.
 
     A model without adapters gets them by the file's settings, of which all that select layers must agree with the
@@ -108,20 +115,57 @@ def load_adapter(model: nn.Module, directory: str | Path) -> LoRAConfig:
     carried = adapters(model)
     if any(adapter.is_merged for adapter in carried.values()):
         raise RuntimeError("this model's adapters are merged; unmerge them before loading others")
-    directory = Path(directory)
-    config = read_adapter_config(directory, model)
-    path = directory / WEIGHTS_NAME
-    # What the settings ask for, without memory: they may claim any rank.
-    planned = _planned_adapters(model, config, carried, directory)
-    wanted = _saved_parameters(model, config, planned)
-    optional = {_key(name, planned): parameter for name, parameter in model.named_parameters()}
+    configs = {folder: read_adapter_config(folder, model) for folder in adapter_folders(directory)}
+    planned: dict[str, Adapter] = {}
+    loaded = []
+    for folder, config in configs.items():
+        # What the settings ask for, without memory: they may claim any rank.
+        wrapped = config.wrap_all({name: _on_meta(module) for name, module in config.targets(model).items()})
+        if not wrapped and isinstance(config, LinearMethodConfig):
+            raise LoRAError(f"{folder / CONFIG_NAME}: target_modules matches no linear layer; it is of another model")
+        planned |= wrapped
+        loaded.append(_read_weights(folder / WEIGHTS_NAME, model, config, wrapped))
+        for pattern in config.unmatched_patterns(wrapped):
+            warnings.warn(f"{folder / CONFIG_NAME}: {pattern} matches no adapted layer", stacklevel=2)
+    if hasattr(model, "adapter_configs"):
+        _check_same(planned, carried, Path(directory))
+    else:
+        wrap_targets(model, *configs.values())
+    for config, tensors in zip(configs.values(), loaded, strict=True):
+        _copy(tensors, model, config)
+    for name, adapter in adapters(model).items():
+        if adapter.can_merge and not bool(adapter.merged()[0].isfinite().all()):
+            raise LoRAError(f"{directory}: the update of {name} is not finite; use another adapter")
+    return tuple(configs.values())
+
+
+def _on_meta(module: nn.Module) -> nn.Module:
+    """A copy of `module` on the meta device, without memory."""
+    memo: dict[int, Any] = {id(value): nn.Parameter(value.to("meta")) for value in module.parameters()}
+    return copy.deepcopy(module, memo)
+
+
+def _check_same(planned: dict[str, Adapter], carried: dict[str, Adapter], directory: Path) -> None:
+    """Raise LoRAError if the model carries other adapters than those that a file's settings ask for."""
+    for name in carried.keys() | planned.keys():
+        ours, asked = carried.get(name), planned.get(name)
+        if not (ours and asked and type(ours) is type(asked) and ours.settings() == asked.settings()):
+            raise LoRAError(f"{directory}: other settings than those of the model's adapter on {name}; load it afresh")
+
+
+def _read_weights(
+    path: Path, model: nn.Module, config: MethodConfig, planned: Mapping[str, Adapter]
+) -> dict[str, torch.Tensor]:
+    """The tensors that `config` asks for, by their keys, checked before one is read. Raises LoRAError."""
+    wanted: dict[str, torch.Tensor] = _saved(model, config, planned)
+    optional = {_key(name, config, planned): value for name, value in own_parameters(model, adapters(model)).items()}
     with open_weights(path) as file:
         held = _plain_keys(file.keys(), wanted.keys() | optional.keys())
         biases = {key for key in wanted if key.endswith(".base_layer.bias")}
-        if config.bias == "lora_only" and biases and not biases & held.keys():
+        if biases and not biases & held.keys():
             # Early peft versions (0.10 among them) train these biases and then forget to save them.
             warnings.warn(
-                f"{path}: holds none of the biases that were trained; the base model's are used", stacklevel=2
+                f"{path}: holds none of the biases that were trained; the base model's are used", stacklevel=3
             )
             wanted = {key: parameter for key, parameter in wanted.items() if key not in biases}
         missing = wanted.keys() - held.keys()
@@ -141,41 +185,19 @@ def load_adapter(model: nn.Module, directory: str | Path) -> LoRAConfig:
         loaded = {key: file.get_tensor(held[key]) for key in wanted}
     broken = [key for key, tensor in loaded.items() if not bool(torch.isfinite(tensor.float()).all())]
     _refuse(path, "has values that are not finite in", broken, "its training failed; use another")
-    for pattern in config.unmatched_patterns(planned):
-        warnings.warn(f"{directory / CONFIG_NAME}: {pattern} matches no adapted layer", stacklevel=2)
-    if not carried:
-        wrap_targets(model, config)
-    _copy(loaded, model, directory)
-    return config
+    return loaded
 
 
 @torch.no_grad()
-def _copy(loaded: dict[str, torch.Tensor], model: nn.Module, directory: Path) -> None:
-    """Copy tensors of the file into the model's parameters; LoRAError if an update overflows."""
+def _copy(loaded: dict[str, torch.Tensor], model: nn.Module, config: MethodConfig) -> None:
+    """Copy tensors of a file into the model's parameters."""
     wrapped = adapters(model)
-    for name, parameter in model.named_parameters():
-        if (key := _key(name, wrapped)) in loaded:
-            parameter.copy_(loaded[key])
-    for name, adapter in wrapped.items():
-        if not bool(torch.isfinite(adapter.merged()[0]).all()):
-            raise LoRAError(f"{directory}: the update of {name} is not finite; use another adapter")
-
-
-def _planned_adapters(
-    model: nn.Module, config: LoRAConfig, carried: dict[str, Adapter], directory: Path
-) -> dict[str, Adapter]:
-    """The adapters that `config` asks for, on the meta device. Raises LoRAError if the model carries other ones."""
-    planned = {
-        name: config.wrap(nn.Linear(base.in_features, base.out_features, device="meta"), name)
-        for name, base in targeted_linears(model, config).items()
-    }
-    if not planned:
-        raise LoRAError(f"{directory / CONFIG_NAME}: target_modules matches no linear layer; it is of another model")
-    for name in carried.keys() | planned.keys() if carried else ():
-        ours, asked = carried.get(name), planned.get(name)
-        if not (ours and asked and type(ours) is type(asked) and ours.settings() == asked.settings()):
-            raise LoRAError(f"{directory}: other settings than those of the model's adapter on {name}; load it afresh")
-    return planned
+    own = _adapters_of(config, wrapped)
+    tensors = _saved(model, config, own)
+    for name, parameter in own_parameters(model, wrapped).items():
+        tensors.setdefault(_key(name, config, own), parameter)
+    for key, tensor in loaded.items():
+        tensors[key].copy_(tensor)
 
 
 def _plain_keys(keys: Iterable[str], known: Collection[str]) -> dict[str, str]:
@@ -195,39 +217,35 @@ def _plain_keys(keys: Iterable[str], known: Collection[str]) -> dict[str, str]:
     return plain
 
 
-def _key(name: str, wrapped: Mapping[str, Adapter]) -> str:
-    """Key in the file of the parameter `name` of a model whose layers `wrapped` are adapted, or are to be.
-
-    "query.lora_A" -> "...query.lora_A.weight"; "query.base.bias", before wrapping "query.bias" ->
-    "...query.base_layer.bias"; "classifier.dense.bias" -> "...classifier.dense.bias".
-    """
+def _key(name: str, config: MethodConfig, wrapped: Mapping[str, Adapter]) -> str:
+    """Key in the file of the model's own parameter `name`, where `wrapped` are adapted: "query.bias" ->
+    "...query.base_layer.bias"; "classifier.dense.bias" -> "...classifier.dense.bias"."""
     module, _, own = name.rpartition(".")
-    if module in wrapped and own in wrapped[module].peft_keys:
-        return f"{_PREFIX}{module}.{wrapped[module].peft_keys[own]}"
-    layer = module.removesuffix(".base")
-    return f"{_PREFIX}{layer}.base_layer.{own}" if layer in wrapped else f"{_PREFIX}{name}"
+    return f"{config.key_prefix}{module}.base_layer.{own}" if module in wrapped else f"{config.key_prefix}{name}"
 
 
-def _saved_parameters(model: nn.Module, config: LoRAConfig, wrapped: Mapping[str, Adapter]) -> dict[str, nn.Parameter]:
-    """Key in the file -> parameter, for all that belongs to the adapter; those of the adapters are of `wrapped`."""
-    saved = {
-        f"{_PREFIX}{name}.{key}": adapter.get_parameter(own)
-        for name, adapter in wrapped.items()
-        for own, key in adapter.peft_keys.items()
-    }
-    fully_trained = tuple(f"{name}." for name in fully_trained_modules(model, config))
-    for name, parameter in model.named_parameters():
-        module, _, own = name.rpartition(".")
-        adapted = module.removesuffix(".base") in wrapped
-        trained_bias = own == "bias" and (config.bias == "all" or (config.bias == "lora_only" and adapted))
-        if name.startswith(fully_trained) or trained_bias:
-            saved.setdefault(_key(name, wrapped), parameter)
-    return saved
+def _saved(model: nn.Module, config: MethodConfig, wrapped: Mapping[str, Adapter]) -> dict[str, torch.Tensor]:
+    """Key in the file -> tensor, for all that belongs to a method, `wrapped` being its adapters."""
+    trained = trained_parameters(model, config).items()
+    return (
+        {_key(name, config, wrapped): parameter for name, parameter in trained}
+        | config.shared(wrapped)
+        | {
+            config.parameter_key(name, adapter.peft_keys[own]): parameter
+            for name, adapter in wrapped.items()
+            for own, parameter in adapter.own_parameters().items()
+        }
+    )
 
 
-def _fields() -> dict[str, str]:
+def _adapters_of(config: MethodConfig, wrapped: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """Those of the adapters that belong to the method of `config`."""
+    return {name: adapter for name, adapter in wrapped.items() if type(adapter.config) is type(config)}
+
+
+def _fields(config: type[MethodConfig]) -> dict[str, str]:
     """Our settings -> peft's names of them."""
-    return {field.name: LoRAConfig.peft_names.get(field.name, field.name) for field in dataclasses.fields(LoRAConfig)}
+    return {field.name: config.peft_names.get(field.name, field.name) for field in dataclasses.fields(config)}
 
 
 def read_base_model(directory: str | Path) -> str | None:
@@ -235,14 +253,14 @@ def read_base_model(directory: str | Path) -> str | None:
 
     Raises LoRAError if they can't be read, or give what is not a name.
     """
-    path = Path(directory) / CONFIG_NAME
+    path = adapter_folders(directory)[0] / CONFIG_NAME
     name = read_json(path).get("base_model_name_or_path") or None
     if name is not None and not isinstance(name, str):
         raise LoRAError(f"{path}: base_model_name_or_path is {name!r}; it must be a name")
     return name
 
 
-def read_adapter_config(directory: str | Path, model: nn.Module | None = None) -> LoRAConfig:
+def read_adapter_config(directory: str | Path, model: nn.Module | None = None) -> MethodConfig:
     """The settings in a folder's `adapter_config.json`.
 
     Fields unknown here are accepted at a value that switches them off (null, false, 0, empty), and refused by name
@@ -252,20 +270,23 @@ def read_adapter_config(directory: str | Path, model: nn.Module | None = None) -
     """
     path = Path(directory) / CONFIG_NAME
     raw = read_json(path)
-    if raw.get("peft_type") != LoRAConfig.peft_type:
-        raise LoRAError(f"{path}: peft_type is {raw.get('peft_type')!r}; only LORA adapters can be loaded")
-    known = set(_fields().values()) | _WITHOUT_EFFECT
+    kinds = {config.peft_type: config for config in METHODS.values()}
+    kind = kinds.get(str(raw.get("peft_type")))
+    if kind is None:
+        raise LoRAError(f"{path}: peft_type is {raw.get('peft_type')!r}; only {', '.join(kinds)} can be loaded")
+    fields = _fields(kind)
+    known = {*fields.values(), *_WITHOUT_EFFECT}
     for name, value in raw.items():
-        if name not in known and value:
+        if name not in known and value and kind.peft_constants.get(name) != value:
             raise LoRAError(f"{path}: {name} = {json.dumps(value)} is not supported; train the adapter without it")
     if raw.get("init_lora_weights") not in _INITS:
         raise LoRAError(
             f"{path}: init_lora_weights = {raw['init_lora_weights']!r} changes the base model; not supported"
         )
-    check_settings(path, raw)
-    if raw.get("target_modules") is None:
+    check_settings(path, raw, kind)
+    if "target_modules" in fields and raw.get("target_modules") is None:
         raise LoRAError(f"{path}: target_modules is missing; name the layers that the adapter belongs to")
-    values = {ours: raw[theirs] for ours, theirs in _fields().items() if raw.get(theirs) is not None}
+    values = {ours: raw[theirs] for ours, theirs in fields.items() if raw.get(theirs) is not None}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     layers = values.pop("layers_to_transform", ())
     if layers != ():
@@ -278,9 +299,9 @@ def read_adapter_config(directory: str | Path, model: nn.Module | None = None) -
     values["modules_to_save"] = tuple(name for name in dict.fromkeys(saved) if name not in HEAD_NAMES or name in parts)
     check_expressions(path, expressions(values), names)
     try:
-        return LoRAConfig(**values)
+        return kind(**values)
     except LoRAError as error:
-        raise LoRAError(f"{path}: {str(error).removeprefix('lora: ')}") from None
+        raise LoRAError(f"{path}: {str(error).removeprefix(f'{kind.table}: ')}") from None
 
 
 def adapter_shapes(directory: str | Path) -> dict[str, list[int]]:
@@ -288,9 +309,12 @@ def adapter_shapes(directory: str | Path) -> dict[str, list[int]]:
 
     Reads the header alone. Raises LoRAError if the file is missing or broken.
     """
-    with open_weights(Path(directory) / WEIGHTS_NAME) as file:
-        keys = _plain_keys(file.keys(), ())
-        return {plain.removeprefix(_PREFIX): file.get_slice(key).get_shape() for plain, key in keys.items()}
+    shapes: dict[str, list[int]] = {}
+    for folder in adapter_folders(directory):
+        with open_weights(folder / WEIGHTS_NAME) as file:
+            keys = _plain_keys(file.keys(), ())
+            shapes |= {plain.removeprefix(_PREFIX): file.get_slice(key).get_shape() for plain, key in keys.items()}
+    return shapes
 
 
 def _refuse_mismatch(path: Path, missing: Collection[str], unexpected: Collection[str]) -> None:

@@ -1,13 +1,18 @@
-"""Which module names a configuration selects: peft's rules, on strings.
+"""Which modules of a model a configuration selects, by peft's rules.
 
-Names are dotted paths as from `model.named_modules()`; `lora.inject` applies these rules to a model.
+Names are dotted paths as from `model.named_modules()`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
+
+from torch import nn
+
+from lora.adapter import adapters, plain_name
+from lora.errors import LoRAError
 
 Value = TypeVar("Value")
 
@@ -75,3 +80,92 @@ def _end(pattern: str) -> str:
 def _numbers(layers_pattern: str | Collection[str] | None) -> list[str]:
     items = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
     return [rf"(?:^|.*?\.){item}\.(?P<number>\d+)\." for item in items or () if item]
+
+
+def targeted_linears(model: nn.Module, config: Any) -> dict[str, nn.Linear]:
+    """The linear layers that `config` selects, by their names in the plain model, also if they are wrapped already.
+
+    The layers of a fully trained module need no update, so they are never targets (peft's rule).
+    """
+    wrapped = adapters(model)
+    fully_trained = tuple(f"{name}." for name in fully_trained_modules(model, config))
+    linears = {plain_name(name, wrapped): m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    added = tuple(f"{name}.{own}." for name, adapter in wrapped.items() for own, _ in adapter.named_children())
+    return {
+        name: linear
+        for name, linear in linears.items()
+        if config.selects(name) and not f"{name}.".startswith((*fully_trained, *added))
+    }
+
+
+def check_names(model: nn.Module, config: Any) -> None:
+    """Raise LoRAError for a setting that names a module or layer that `model` does not have, or not as nn.Linear."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    layers = config.layers_to_transform
+    present = {index for name in linears if (index := layer_index(name, config.layers_pattern)) is not None}
+    absent = sorted(set(layers or ()) - present)
+    if absent:
+        have = f"layers {min(present)} to {max(present)}" if present else "no numbered layers"
+        raise LoRAError(
+            f"{config.table}: layers_to_transform: no layer {', '.join(map(str, absent))}; the model has {have}"
+        )
+
+    fully_trained = tuple(f"{name}." for name in fully_trained_modules(model, config))
+    candidates = {
+        name: module for name, module in model.named_modules() if name and not f"{name}.".startswith(fully_trained)
+    }
+    for shown, one in _each(config.exclude_modules or ()):
+        if not (hits := [name for name in candidates if matches(one, name)]):
+            raise LoRAError(
+                f"{config.table}: exclude_modules: {shown} matches no module; there are {_endings(linears)}"
+            )
+        candidates = {name: module for name, module in candidates.items() if name not in hits}
+    for shown, one in () if config.target_modules == ALL_LINEAR else _each(config.target_modules):
+        if not (hits := [name for name in candidates if matches(one, name, layers, config.layers_pattern)]):
+            raise LoRAError(
+                f"{config.table}: target_modules: {shown} matches no linear layer; there are {_endings(linears)}"
+            )
+        for name in hits:
+            if name not in linears:
+                raise LoRAError(
+                    f"{config.table}: target_modules: {shown} matches {name}, a {type(candidates[name]).__name__}; "
+                    f"adapters wrap nn.Linear: {_endings(linears)}"
+                )
+    adapted = targeted_linears(model, config)
+    if not adapted:
+        raise LoRAError(
+            f"{config.table}: target_modules: {config.target_modules!r} matches no linear layer that may be adapted"
+        )
+    for pattern in config.unmatched_patterns(adapted):
+        raise LoRAError(f"{config.table}: {pattern} matches no adapted layer; there are {_endings(adapted)}")
+
+
+def _each(names: str | Iterable[str]) -> list[tuple[str, str | tuple[str]]]:
+    """A regular expression, or each of several names, as shown in a message and as `matches` takes it."""
+    return [(repr(names), names)] if isinstance(names, str) else [(repr(name), (name,)) for name in names]
+
+
+def fully_trained_modules(model: nn.Module, config: Any) -> dict[str, nn.Module]:
+    """The modules whose name ends in an entry of `config.modules_to_save`, as in peft."""
+    chosen: dict[str, nn.Module] = {}
+    for wanted in config.modules_to_save:
+        hits = {name: module for name, module in model.named_modules() if matches([wanted], name)}
+        if not hits:
+            children = ", ".join(name for name, _ in model.named_children())
+            raise LoRAError(
+                f"{config.table}: modules_to_save: {wanted!r} matches no module; the model's parts are {children}"
+            )
+        chosen |= hits
+    return chosen
+
+
+def _endings(names: Iterable[str]) -> str:
+    """The distinct names without the path up to the layer number, for error messages."""
+    return ", ".join(dict.fromkeys(within_layer(name) for name in names))
+
+
+def within_layer(name: str) -> str:
+    """A module's name after the last number in its path: "encoder.layer.3.output.dense" -> "output.dense"."""
+    parts = name.split(".")
+    numbers = [index for index, part in enumerate(parts[:-1]) if part.isdigit()]
+    return ".".join(parts[numbers[-1] + 1 :]) if numbers else name

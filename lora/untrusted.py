@@ -11,13 +11,14 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from lora.config import LoRAConfig, LoRAError
+from lora.config import MethodConfig
+from lora.errors import LoRAError
 
 _MAX_JSON = _MAX_HEADER = 4 << 20  # bytes; the header of roberta-large's weights has 0.04 MiB
 # More names than any encoder has layers; as many patterns as `re` caches.
@@ -99,8 +100,8 @@ def non_float_tensors(file: Any) -> dict[str, str]:
     return {key: kind for key, kind in types.items() if kind not in _FLOATS}
 
 
-def check_settings(path: Path, raw: dict[str, Any]) -> None:
-    """Raise LoRAError unless each known field of an adapter_config.json has its type and a plausible size."""
+def check_settings(path: Path, raw: dict[str, Any], kind: type[MethodConfig]) -> None:
+    """Raise LoRAError unless each field of `kind` in an adapter_config.json has its type and a plausible size."""
 
     def number(value: object) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
@@ -115,20 +116,22 @@ def check_settings(path: Path, raw: dict[str, Any]) -> None:
         numbers = value if isinstance(value, list) else [value]
         return all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in numbers)
 
-    switches = [field.name for field in dataclasses.fields(LoRAConfig) if field.type == "bool"]
-    expected = {
-        **dict.fromkeys(("r", "lora_alpha", "lora_dropout"), (number, "a number")),
-        **dict.fromkeys(
-            ("target_modules", "exclude_modules", "layers_pattern"),
-            (lambda value: isinstance(value, str) or names(value), "a list of names"),
-        ),
-        "modules_to_save": (names, "a list of names"),
-        "layers_to_transform": (layers, "a list of layer numbers"),
-        **dict.fromkeys(("rank_pattern", "alpha_pattern"), (numbers_by_name, "numbers by name")),
-        "bias": (lambda value: isinstance(value, str), "none, lora_only or all"),
-        **dict.fromkeys(switches, (lambda value: isinstance(value, bool), "true or false")),
+    expected: dict[str, tuple[Callable[[object], bool], str]] = {
+        "int": (number, "a number"),
+        "float": (number, "a number"),
+        "bool": (lambda value: isinstance(value, bool), "true or false"),
+        "tuple[str, ...]": (names, "a list of names"),
+        "tuple[str, ...] | str": (lambda value: isinstance(value, str) or names(value), "a list of names"),
+        "tuple[int, ...]": (layers, "a list of layer numbers"),
+        "Mapping[str, int]": (numbers_by_name, "numbers by name"),
+        "Mapping[str, float]": (numbers_by_name, "numbers by name"),
     }
-    for name, (fits, what) in expected.items():
+    for field in dataclasses.fields(kind):
+        name = kind.peft_names.get(field.name, field.name)
+        fits, what = expected.get(
+            str(field.type).removesuffix(" | None"),
+            (lambda value: isinstance(value, str), str(field.type).removeprefix("Literal")),
+        )
         value = raw.get(name)
         if value is None:
             continue

@@ -40,13 +40,21 @@ class Embeddings(nn.Module):
         self.padding = padding
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(batch, seq) ids and mask -> (batch, seq, hidden)."""
-        real = attention_mask.long()
+        """(batch, seq) ids and mask -> (batch, seq, hidden); longer by the virtual tokens that prompt tuning adds."""
+        embedded = self.word_embeddings(input_ids) + self.token_type_embeddings.weight[0]
+        real = prepend_true(attention_mask, embedded.shape[1]).long()
         # Mask 1 1 1 0 gives rows 2 3 4 1 for p = 1: padding stays at row p.
         position_ids = real.cumsum(dim=1) * real + self.padding
-        embedded = self.word_embeddings(input_ids) + self.token_type_embeddings.weight[0]
         embedded = embedded + self.position_embeddings(position_ids)
         return self.dropout(self.LayerNorm(embedded))
+
+
+def prepend_true(mask: Tensor, length: int) -> Tensor:
+    """A mask (..., seq) padded at the left to (..., length): tokens that a method puts before a text are never padding.
+
+    The text starts with `<s>`, so it makes no difference whether they stand before or directly after it.
+    """
+    return F.pad(mask, (length - mask.shape[-1], 0), value=1)
 
 
 def kernel_has_dropout(device: torch.device) -> bool:
@@ -80,6 +88,7 @@ class SelfAttention(nn.Module):
         query = self.split_heads(self.query(hidden_states[:, :num_queries]))
         key = self.split_heads(self.key(hidden_states))
         value = self.split_heads(self.value(hidden_states))
+        key_mask = prepend_true(key_mask, key.shape[2])
         dropout = self.dropout.p if self.training else 0.0
         if dropout == 0 or kernel_has_dropout(query.device):
             context = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask, dropout_p=dropout)

@@ -21,7 +21,7 @@ import torch
 import tyro
 
 from data.errors import DataError
-from lora.config import LoRAError
+from lora.errors import LoRAError
 from roberta.config import CheckpointError
 from training.distributed import ALONE, World
 from training.errors import ConfigError, LostProcessError
@@ -92,7 +92,14 @@ def parse_options(kind: type[Options], arguments: list[str], *, prog: str, defau
             raise ConfigError(f"command line: {name} is given {given.count(name)} times; give all its values after one")
     try:
         with contextlib.redirect_stderr(box):
-            options, unknown = tyro.cli(kind, args=arguments, prog=prog, default=start, return_unknown_args=True)
+            options, unknown = tyro.cli(
+                kind,
+                args=arguments,
+                prog=prog,
+                default=start,
+                return_unknown_args=True,
+                config=(tyro.conf.AvoidSubcommands,),
+            )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -112,6 +119,10 @@ def parse_options(kind: type[Options], arguments: list[str], *, prog: str, defau
         names = [word.partition("=")[0].replace("_", "-") for word in unknown if word.startswith("--")]
         near = [match for name in names for match in difflib.get_close_matches(name, known, n=1)]
         meant = f"; did you mean {' or '.join(near)}?" if near else ""
+        if absent := {
+            section for name in near for section in [name[2:].partition(".")[0]] if _is_off(default, section)
+        }:
+            meant = f"; it needs the table [{min(absent)}] in the TOML file"
         raise ConfigError(f"command line: unknown {' '.join(unknown)}{meant}; --help lists the options")
     return options
 
@@ -122,8 +133,18 @@ def option_names(kind: Any, prefix: str = "--") -> dict[str, bool]:
     hints = typing.get_type_hints(kind, include_extras=True)
     for name in (field.name for field in dataclasses.fields(kind)):
         hint, option = hints[name], prefix + name.replace("_", "-")
-        if dataclasses.is_dataclass(hint):
-            names |= option_names(hint, f"{option}.")
+        if section := section_of(hint):
+            names |= option_names(section, f"{option}.")
         elif typing.get_origin(hint) is not Annotated:  # positional
             names[option] = any(typing.get_origin(part) in (tuple, Mapping) for part in (hint, *typing.get_args(hint)))
     return names
+
+
+def _is_off(options: Any, section: str) -> bool:
+    """Whether the section of a method is None: its options exist only where a file turns it on."""
+    return options is not None and getattr(options, section, options) is None
+
+
+def section_of(hint: Any) -> Any:
+    """The dataclass that a field holds, or may hold; None for another field."""
+    return next((kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)), None)

@@ -22,8 +22,8 @@ import tomli_w
 from data.augmentation import AugmentationConfig
 from data.cleaning import CleaningConfig
 from data.sources import DataConfig
-from lora.config import LoRAConfig
-from training.command_line import parse_options
+from lora.config import METHODS, LoRAConfig, MethodConfig
+from training.command_line import parse_options, section_of
 from training.errors import ConfigError
 
 
@@ -119,9 +119,15 @@ class RunConfig:
     resume: bool = False
     """Resume the run in the run folder from its last checkpoint, or start it if there is none."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    lora: LoRAConfig | None = field(default_factory=LoRAConfig)
+    """Methods combine: each table of a TOML file turns one on. Without any, it is LoRA with its defaults."""
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def methods(self) -> tuple[MethodConfig, ...]:
+        """The settings of each method that is used."""
+        return tuple(method for table in METHODS if (method := getattr(self, table)) is not None)
 
     def __post_init__(self) -> None:
         if self.overwrite and self.resume:
@@ -132,7 +138,8 @@ class RunConfig:
                 raise ConfigError(f"model.{name} is {value!r}; it is a probability in [0, 1)")
 
 
-for _section in (RunConfig, ModelConfig, LoRAConfig, DataConfig, CleaningConfig, AugmentationConfig, TrainConfig):
+_SECTIONS = (RunConfig, ModelConfig, DataConfig, CleaningConfig, AugmentationConfig, TrainConfig, *METHODS.values())
+for _section in _SECTIONS:
     _section.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # an unknown field is an error
 _VALIDATOR = pydantic.TypeAdapter(RunConfig)
 
@@ -157,6 +164,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 def parse_config(raw: dict[str, Any], path: str | Path) -> RunConfig:
     """Convert parsed TOML to a RunConfig; `path` is for error messages. Raises as `read_config` does."""
+    if set(raw) & (set(METHODS) - {"lora"}):
+        raw = {"lora": None, **raw}  # only the methods that have a table
     try:
         # Strict, so that "8" is not a number; as JSON, so that an array may become a tuple and 14 a float.
         return _VALIDATOR.validate_json(json.dumps(raw, default=str), strict=True)
@@ -175,7 +184,7 @@ def _known_fields(sections: list[str]) -> str:
     """The fields of a section, for an error message."""
     kind: Any = RunConfig
     for section in sections:
-        kind = typing.get_type_hints(kind)[section]
+        kind = section_of(typing.get_type_hints(kind)[section])
     return f"{sections[-1] if sections else 'a run'} has {', '.join(kind.__dataclass_fields__)}"
 
 

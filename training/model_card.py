@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 
+from lora.config import METHODS
 from lora.peft_format import read_base_model
 from training.pages import write_page
 from training.progress import minutes
@@ -19,13 +20,14 @@ def write_model_card(folder: RunFolder) -> None:
     report = json.loads(folder.report.read_text(encoding="utf-8"))
     config, test = report["config"], report["test"]
     trained = [part for part, row in report["parameters_by_part"].items() if row["trainable"]]
-    numbers = {name: value for name, value in config["lora"].items() if isinstance(value, int | float) and value}
+    methods = [config[table] for table in METHODS if config.get(table)]
+    numbers = [item for method in methods for item in method.items() if isinstance(item[1], int | float) and item[1]]
     base = read_base_model(folder.adapter) or config["model"]["checkpoint"]
     facts = {
         "base model": base,
         "data": report["origins"]["data"],
         "trained": ", ".join(trained),
-        "with": ", ".join(f"{name} {value:g}" for name, value in numbers.items()),
+        "with": ", ".join(f"{name} {value:g}" for name, value in numbers),
         "trained parameters": f"{report['trainable_parameters']:,} of {report['total_parameters']:,}",
     }
     multi_label = report.get("problem_type") == "multi_label_classification"
@@ -42,6 +44,7 @@ def write_model_card(folder: RunFolder) -> None:
         adapter=str(folder.adapter),
         base=base,
         model_type=report["origins"]["model_type"],
+        several=len(methods) > 1,
         labels=report["label_names"],
         multi_label=multi_label,
         facts=facts,

@@ -113,7 +113,7 @@ def load_inputs(config: RunConfig, world: World) -> Inputs:
     # The data decides: a head that the checkpoint already has is trained further by the loss that fits the labels.
     kind = "multi_label_classification" if text.multi_label else "single_label_classification"
     model_config = dataclasses.replace(model_config, label_names=text.label_names, problem_type=kind, **changed)
-    check_budget(model_config, config.lora, settings.max_trainable)  # before anything large is read
+    check_budget(model_config, config.methods, settings.max_trainable)  # before anything large is read
     if config.data.max_length > model_config.max_length:
         raise ConfigError(
             f"data.max_length is {config.data.max_length}, but the checkpoint has positions for "

@@ -193,7 +193,7 @@ def test_any_model_is_adapted_saved_loaded_and_merged(tmp_path):
     fresh.load_state_dict(plain)
     with torch.no_grad():
         fresh.head.weight.zero_(), fresh.second.bias.zero_()
-    assert load_adapter(fresh, tmp_path) == config
+    assert load_adapter(fresh, tmp_path) == (config,)
     assert torch.equal(fresh(x), expected)
     merge_lora(fresh)
     plain = unload_lora(fresh)

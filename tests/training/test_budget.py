@@ -17,23 +17,23 @@ LARGE = dataclasses.replace(
 
 def test_final_model_of_the_reference_is_within_a_million():
     lora = LoRAConfig(rank=6, alpha=14)
-    assert trainable_parameters(BASE, lora) == 925_444
-    check_budget(BASE, lora, 1_000_000)
+    assert trainable_parameters(BASE, [lora]) == 925_444
+    check_budget(BASE, [lora], 1_000_000)
 
 
 def test_over_budget_names_the_largest_rank_that_fits():
     with pytest.raises(ConfigError, match="largest rank that fits is 7$") as error:
-        check_budget(BASE, LoRAConfig(rank=8), 1_000_000)
+        check_budget(BASE, [LoRAConfig(rank=8)], 1_000_000)
     assert "\n" not in str(error.value)
-    check_budget(BASE, LoRAConfig(rank=7), 1_000_000)
+    check_budget(BASE, [LoRAConfig(rank=7)], 1_000_000)
 
 
 def test_no_rank_fits_beside_the_large_head():
     with pytest.raises(ConfigError, match="no rank fits"):
-        check_budget(LARGE, LoRAConfig(rank=1), 1_000_000)
+        check_budget(LARGE, [LoRAConfig(rank=1)], 1_000_000)
 
 
 def test_exactly_the_budget_is_allowed():
-    check_budget(BASE, LoRAConfig(rank=6), 925_444)
+    check_budget(BASE, [LoRAConfig(rank=6)], 925_444)
     with pytest.raises(ConfigError):
-        check_budget(BASE, LoRAConfig(rank=6), 925_443)
+        check_budget(BASE, [LoRAConfig(rank=6)], 925_443)
