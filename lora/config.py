@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from lora.adapter import Adapter
+from lora.dora import DoRALinear
 from lora.errors import LoRAError
 from lora.linear import LoRALinear
 from lora.targets import (
@@ -166,10 +167,13 @@ class LoRAConfig(LinearMethodConfig):
     """Biases to train: none, those of the adapted layers, or all."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r."""
+    use_dora: bool = False
+    """Train the length of each row of a weight apart from its direction (DoRA)."""
 
     def wrap(self, base: nn.Linear, name: str) -> Adapter:
         """The adapter of the layer `base`, whose name decides its rank and alpha where patterns are given."""
-        return LoRALinear(
+        method = DoRALinear if self.use_dora else LoRALinear
+        return method(
             base,
             rank=pattern_value(self.rank_pattern, name, self.rank),
             alpha=pattern_value(self.alpha_pattern, name, self.alpha),
