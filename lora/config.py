@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora.adapter import Adapter
 from lora.dora import DoRALinear
 from lora.errors import LoRAError
+from lora.ia3 import IA3Linear
 from lora.linear import LoRALinear
 from lora.targets import (
     ALL_LINEAR,
@@ -198,6 +199,25 @@ class LoRAConfig(LinearMethodConfig):
             raise LoRAError(f"lora: dropout is {self.dropout!r}; it is a probability in [0, 1)")
         if self.bias not in ("none", "lora_only", "all"):
             raise LoRAError(f"lora: bias is {self.bias!r}; choose none, lora_only or all")
+
+
+@dataclass(frozen=True)
+class IA3Config(LinearMethodConfig):
+    """Settings of (IA)^3, as peft's `IA3Config`. Raises LoRAError for what is no target, as LoRAConfig does."""
+
+    table: ClassVar[str] = "ia3"
+    peft_type: ClassVar[str] = "IA3"
+    peft_constants: ClassVar[dict[str, Any]] = {"init_ia3_weights": True, "fan_in_fan_out": False}
+    peft_lacks: ClassVar[tuple[str, ...]] = ("layers_to_transform", "layers_pattern")
+
+    target_modules: tuple[str, ...] | str = ("key", "value", "output.dense")
+    """Linear layers to adapt, named as for LoRA; as in peft, `output.dense` is attention's output too."""
+    feedforward_modules: tuple[str, ...] | str = ("output.dense",)
+    """Those of them that scale their input instead of their output."""
+
+    def wrap(self, base: nn.Linear, name: str) -> Adapter:
+        """The adapter of the layer `base`."""
+        return IA3Linear(base, feedforward=matches(self.feedforward_modules, name))
 
 
 METHODS: dict[str, type[MethodConfig]] = {config.table: config for config in (LoRAConfig,)}

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 
 from lora.adapter import adapters
-from lora.config import LoRAConfig, MethodConfig
+from lora.config import IA3Config, LoRAConfig, MethodConfig
 from lora.inject import count_parameters, inject_lora, merge_lora, unload_lora
 from lora.peft_format import load_adapter, save_adapter
 from tests.parity.oracle import assert_close, assert_same, our_copy, ragged_batch, reference_model
 
+FEED_FORWARD = ("intermediate.dense", "output.dense")
 TARGETS = ("query", "value", "output.dense")
 
 
@@ -46,6 +47,16 @@ METHODS = {
             "bias": "lora_only",
             "target_modules": list(TARGETS),
         },
+    ),
+    "IA3": Case(
+        IA3Config(),
+        peft.IA3Config,
+        {"target_modules": ["key", "value", "output.dense"], "feedforward_modules": ["output.dense"]},
+    ),
+    "IA3 on other layers": Case(
+        IA3Config(target_modules=("query", *FEED_FORWARD), feedforward_modules=FEED_FORWARD),
+        peft.IA3Config,
+        {"target_modules": ["query", *FEED_FORWARD], "feedforward_modules": list(FEED_FORWARD)},
     ),
 }
 
