@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lora.adapter import Adapter
@@ -24,6 +25,7 @@ from lora.targets import (
     pattern_value,
     targeted_linears,
 )
+from lora.vera import Projections, VeRALinear
 
 
 @dataclass(frozen=True)
@@ -220,5 +222,68 @@ class IA3Config(LinearMethodConfig):
         return IA3Linear(base, feedforward=matches(self.feedforward_modules, name))
 
 
-METHODS: dict[str, type[MethodConfig]] = {config.table: config for config in (LoRAConfig,)}
+@dataclass(frozen=True)
+class VeRAConfig(LinearMethodConfig):
+    """Settings of VeRA, as peft's `VeraConfig`. Raises LoRAError as LoRAConfig does."""
+
+    table: ClassVar[str] = "vera"
+    peft_type: ClassVar[str] = "VERA"
+    peft_names: ClassVar[dict[str, str]] = {"rank": "r", "dropout": "vera_dropout"}
+    peft_constants: ClassVar[dict[str, Any]] = {"init_weights": True, "fan_in_fan_out": False}
+    peft_lacks: ClassVar[tuple[str, ...]] = ("exclude_modules",)
+
+    rank: int = 256
+    """Rank r of the shared matrices; each layer trains r + out numbers [r]."""
+    dropout: float = 0.0
+    """Probability of zeroing an input of the update, during training [vera_dropout]."""
+    d_initial: float = 0.1
+    """Initial value of each number of lambda_d."""
+    projection_prng_key: int = 0
+    """Seed of the shared matrices."""
+    save_projection: bool = True
+    """Whether the file holds the shared matrices too, not their seed alone."""
+    bias: Literal["none", "vera_only", "all"] = "none"
+    """Biases to train: none, those of the adapted layers, or all."""
+
+    def wrap_all(self, modules: Mapping[str, nn.Module]) -> dict[str, Adapter]:
+        """The adapters of `modules`, around matrices as large as the largest of them needs."""
+        linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+        inputs = max((linear.in_features for linear in linears.values()), default=0)
+        outputs = max((linear.out_features for linear in linears.values()), default=0)
+        if not linears:
+            return {}
+        like = next(iter(linears.values())).weight
+        like = torch.empty(0, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+        shared = Projections(self.rank, inputs, outputs, self.projection_prng_key, like)
+        return {name: VeRALinear(linear, shared, self.dropout, self.d_initial) for name, linear in linears.items()}
+
+    def trains(self, name: str, adapted: bool) -> bool:
+        """Biases as `bias` says."""
+        return name.rpartition(".")[2] == "bias" and (self.bias == "all" or (self.bias == "vera_only" and adapted))
+
+    def shared(self, wrapped: Mapping[str, Adapter]) -> dict[str, Tensor]:
+        """A and B, with `save_projection`."""
+        if not (self.save_projection and wrapped):
+            return {}
+        projections: Any = next(iter(wrapped.values())).projections
+        return {"base_model.vera_A": projections.A, "base_model.vera_B": projections.B}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise LoRAError(f"vera: rank is {self.rank!r}; a rank is an integer, 1 or more")
+        if not 0 <= self.dropout < 1:
+            raise LoRAError(f"vera: dropout is {self.dropout!r}; it is a probability in [0, 1)")
+        if self.bias not in ("none", "vera_only", "all"):
+            raise LoRAError(f"vera: bias is {self.bias!r}; choose none, vera_only or all")
+
+
+METHODS: dict[str, type[MethodConfig]] = {
+    config.table: config
+    for config in (
+        LoRAConfig,
+        VeRAConfig,
+        IA3Config,
+    )
+}
 """Every method by the name of its table."""

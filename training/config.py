@@ -22,7 +22,7 @@ import tomli_w
 from data.augmentation import AugmentationConfig
 from data.cleaning import CleaningConfig
 from data.sources import DataConfig
-from lora.config import METHODS, IA3Config, LoRAConfig, MethodConfig
+from lora.config import METHODS, IA3Config, LoRAConfig, MethodConfig, VeRAConfig
 from training.command_line import parse_options, section_of
 from training.errors import ConfigError
 
@@ -121,6 +121,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoRAConfig | None = field(default_factory=LoRAConfig)
     """Methods combine: each table of a TOML file turns one on. Without any, it is LoRA with its defaults."""
+    vera: VeRAConfig | None = None
     ia3: IA3Config | None = None
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 
 from lora.adapter import adapters
-from lora.config import IA3Config, LoRAConfig, MethodConfig
+from lora.config import IA3Config, LoRAConfig, MethodConfig, VeRAConfig
 from lora.inject import count_parameters, inject_lora, merge_lora, unload_lora
 from lora.peft_format import load_adapter, save_adapter
 from tests.parity.oracle import assert_close, assert_same, our_copy, ragged_batch, reference_model
 
-FEED_FORWARD = ("intermediate.dense", "output.dense")
 TARGETS = ("query", "value", "output.dense")
+FEED_FORWARD = ("intermediate.dense", "output.dense")
 
 
 @dataclass
@@ -47,6 +47,16 @@ METHODS = {
             "bias": "lora_only",
             "target_modules": list(TARGETS),
         },
+    ),
+    "VeRA": Case(
+        VeRAConfig(rank=5, dropout=0.3, target_modules=TARGETS, projection_prng_key=3, bias="vera_only"),
+        peft.VeraConfig,
+        {"r": 5, "vera_dropout": 0.3, "target_modules": list(TARGETS), "projection_prng_key": 3, "bias": "vera_only"},
+    ),
+    "VeRA, only its seed saved": Case(
+        VeRAConfig(rank=5, d_initial=0.3, save_projection=False),
+        peft.VeraConfig,
+        {"r": 5, "d_initial": 0.3, "target_modules": ["query", "key", "value"], "save_projection": False},
     ),
     "IA3": Case(
         IA3Config(),
