@@ -67,6 +67,11 @@ def make_table(arguments: Arguments) -> int:
     if arguments.plan:
         say(_plan_table(planned, arguments.limit))
         return 0
+    return run_table(planned, arguments)
+
+
+def run_table(planned: list[Planned], arguments: Arguments) -> int:
+    """Run what is not finished of `planned`, in this shard, and write the results of all. Returns the exit code."""
     for run in planned:
         _check_same_grid(arguments.output, run)
     shard = _shard(planned, arguments.shard)

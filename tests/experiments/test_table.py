@@ -6,6 +6,7 @@ test of the command line.
 
 import csv
 import json
+import re
 import runpy
 import statistics
 import sys
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 from experiments import results, table
+from experiments.compare import Arguments as CompareArguments
+from experiments.compare import compare
 from experiments.plot import Arguments as PlotArguments
 from experiments.plot import plot
 from experiments.table import Arguments, make_table
@@ -178,3 +181,22 @@ def test_curves_of_several_runs_in_one_plot(forks, no_curves, grid, tmp_path, ca
     assert {path.stem for path in (tmp_path / "plots").iterdir()} >= {"loss", "validation_loss", "accuracy", "recall"}
     with pytest.raises(ConfigError, match="not a run folder"):
         plot(PlotArguments((tmp_path,), tmp_path / "plots"))
+
+
+def test_a_comparison_takes_the_rate_that_is_best_on_the_validation_split(forks, no_curves, grid, tmp_path):
+    output = tmp_path / "all"
+    arguments = CompareArguments((grid,), output=output, rates=(1e-5, 3e-2), seeds=2, jobs=2, set=("lora.rank=2",))
+    assert compare(arguments) == 0
+    scores = {}
+    for rate in ("1e-05", "0.03"):
+        report = json.loads((output / "trials" / "runs" / f"grid+learning_rate={rate}-s0" / "report.json").read_text())
+        scores[rate] = report["validation"]["accuracy"], -report["validation"]["loss"]
+    best = max(scores, key=scores.get)
+    finals = sorted((output / "finals" / "runs").glob("grid*"))
+    assert [path.name for path in finals] == [f"grid+learning_rate={best}-s{seed}" for seed in (0, 1)]
+    tests = [100 * json.loads((path / "report.json").read_text())["test"]["accuracy"] for path in finals]
+    shown = f"{statistics.mean(tests):.2f} ± {statistics.stdev(tests):.2f}"
+    assert re.search(rf"\| grid \| [\d,]+ \| {float(best):g} \| {shown} \|", (output / "methods.md").read_text())
+    assert (output / "methods.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ConfigError, match="name TOML files"):
+        compare(CompareArguments(()))
