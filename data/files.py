@@ -14,6 +14,7 @@ import functools
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ _ENCODING_HINT = (
     "save the file as UTF-8, or set data.encoding (with --predict: --encoding) to its encoding, "
     'for example "cp1252", that of Windows in Western Europe'
 )
+# Quotes that do not enclose the field, because they don't begin it.
+_BLANK_BEFORE_QUOTE = re.compile(r'\s+".*"\s*', re.DOTALL)
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 ID_COLUMNS = ("id", "ID")
@@ -164,6 +167,10 @@ def _table(path: Path, wanted: tuple[str, ...], encoding: str, separator: str, q
         where = f"{path}, row {number}"
         if len(fields) != len(header):
             raise DataError(f"{where}: {len(fields)} fields, but the header has {len(header)}; fix the row")
+        if len(header) > 1 and [name.strip() for name in fields] == header:  # of a second file, appended to the first
+            raise DataError(f"{where}: is the header again; remove the row")
+        if quoted and any(map(_BLANK_BEFORE_QUOTE.fullmatch, fields)):
+            raise DataError(f"{where}: a blank before a quote, which then encloses no field; remove the blank")
         yield where, dict(zip(header, fields, strict=True))
 
 
@@ -213,9 +220,18 @@ def _json(path: Path, wanted: tuple[str, ...], encoding: str, found: Found) -> R
 
 def _parse_json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
         raise DataError(f"{where}: not JSON ({error}); fix it") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which `json` keeps the last of several values. Raises ValueError."""
+    names = [name for name, _ in pairs]
+    if len(found := dict(pairs)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{listed([twice])!r} has two values")
+    return found
 
 
 # --- Parquet and Arrow --------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -41,9 +42,12 @@ _AG_NEWS_HEADER = ["class index", "title", "description"]  # of Kaggle's copy; t
 LABELS_OF_NAMED_SOURCES = {"ag_news": 4, "reuters-r8": 8, "reuters-r52": 52, "20newsgroups": 20}
 _TAB_FILES = ("reuters-r8", "reuters-r52", "20newsgroups")
 _FILE_SETTINGS = ("test_file", "validation_file", "text_columns", "label_column", "label_columns", "encoding")
+_FLAGS_HINT = "give lists of names, or columns of 0 and 1 by label_columns"
 _YES_OR_NO = {"0": False, "1": True, "false": False, "true": True}
 # A number written with a decimal point.
 _DECIMAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+)")
+# A list as pandas writes it into CSV: "['a', 'b']", "[1 0]", "[]".
+_LIST_AS_TEXT = re.compile(r"\[\s*(['\"\d].*)?\]", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -374,6 +378,10 @@ def _file_label(row: dict[str, Any], column: str, where: str, class_names: tuple
                 f"{where}: {column!r} is {label!r}, not the number of a class, 0 to {len(class_names) - 1}; fix the row"
             )
         return class_names[label]
+    if isinstance(label, str) and _LIST_AS_TEXT.fullmatch(label.strip()):
+        raise DataError(
+            f"{where}: {column!r} is {listed([label])}, a list written as text; write lists as JSON or Parquet"
+        )
     number = float(label) if isinstance(label, str) and _DECIMAL.fullmatch(label.strip()) else label
     if isinstance(number, float):
         label = int(number) if number.is_integer() else number
@@ -394,7 +402,10 @@ def _file_labels(
                 raise DataError(f"{where}: {name!r} is {row[name]!r}, not 0 or 1; fix the row")
         return tuple(name for name, value in values.items() if _YES_OR_NO[value])
     if isinstance(row[column], list):
-        return tuple(_file_label({column: label}, column, where, class_names) for label in row[column])
+        labels = tuple(_file_label({column: label}, column, where, class_names) for label in row[column])
+        if len(set(labels)) < len(labels):
+            raise DataError(f"{where}: {column!r} lists a label twice: {listed(labels)}; {_FLAGS_HINT}")
+        return labels
     return _file_label(row, column, where, class_names)
 
 
@@ -428,13 +439,20 @@ def _assemble(
             raise DataError(f"{row.where}: of this label and that of {train[0].where} only one is a list; fix one")
         for name in row.label if multi_label else (row.label,):
             if name not in numbers:
-                raise DataError(f"{row.where}: unknown label {name!r}; there are {listed(names)}")
+                alike = [f"; {known!a} looks like it" for known in names if folded(known) == folded(name)]
+                shown = ascii(name) if alike else repr(name)
+                raise DataError(f"{row.where}: unknown label {shown}; there are {listed(names)}{''.join(alike)}")
         return tuple(int(name in row.label) for name in names) if multi_label else numbers[row.label]
 
     def split(rows: list[_Row]) -> Split:
         return Split([row.text for row in rows], [*map(number, rows)])
 
     train_split = split(train)
+    if multi_label and len(set(train_split.labels)) == 1:
+        raise DataError(f"{origin}: all texts have the same labels, {listed(train[0].label)}; {_FLAGS_HINT}")
+    for name, other in itertools.pairwise(sorted(names, key=folded)):
+        if folded(name) == folded(other):
+            notes = (*notes, f"two classes that look alike: {name!a} and {other!a}")
     if test is None:
         train_split, test_split = _hold_out(train_split, 0.1, seed, origin)
     else:
@@ -458,6 +476,12 @@ def _assemble(
             what = "training" if name == "validation" else "training or validation"
             notes = (*notes, f"{shared:,} of the {len(texts):,} {name} texts are also {what} texts")
     return LabelledText(train_split, validation_split, test_split, names, origin, tuple(notes))
+
+
+def folded(name: str) -> str:
+    """A name without what is easily overlooked: case, blanks, invisible characters, several codes of one letter."""
+    plain = unicodedata.normalize("NFKC", name).casefold()
+    return "".join(c for c in plain if not c.isspace() and unicodedata.category(c) != "Cf")
 
 
 def _distinct_labels(rows: list[_Row], class_names: tuple[str, ...] = ()) -> tuple[str, ...]:

@@ -56,6 +56,7 @@ class TextTokenizer:
                 "the vocabulary has no padding token, <pad> or [PAD]; name yours as pad_token in tokenizer_config.json"
             )
         self.pad_token_id: int = padding_id
+        self.unk_token_id: int | None = vocabulary.get(self._special_tokens.get("unk_token", ""))
 
     @classmethod
     def from_directory(cls, directory: str | Path, max_length: int) -> TextTokenizer:

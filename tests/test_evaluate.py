@@ -195,7 +195,7 @@ def test_classes_are_matched_by_name(
     [
         (MOOD, False, None, MAIL, "own.csv has 2 classes: ham, spam; the base checkpoint has 2: negative, positive; "),
         (NUMBERED, True, FRUIT, MAIL, "own.csv has 2 classes: ham, spam; the adapter has 2: zebra, apple; "),
-        (NUMBERED, True, FRUIT, ("Zebra", "apple"), "the adapter has 2: zebra, apple (upper and lower case differ); "),
+        (NUMBERED, True, FRUIT, ("Zebra", "apple"), "the adapter has 2: zebra, apple (case, blanks or invisible characters differ); "),
         (NUMBERED, True, ("a", "b", "c"), ("a", "b"), "labels.json names 3 classes, but the adapter's head has 2"),
         (NUMBERED, True, ("a", "a"), ("a", "b"), "labels.json: must be a list of different names"),
     ],

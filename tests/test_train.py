@@ -325,7 +325,8 @@ def finetuned(finished_run, tmp_path):
     path = tmp_path / "base" / "config.json"
 
     def named(*names):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": dict(enumerate(names))}))
+        labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | labels))
         return path.parent
 
     return named
@@ -361,7 +362,7 @@ def test_a_head_of_other_classes_is_refused_or_replaced(run, finetuned, tiny_con
     options = (tiny_config, "--output", tiny_data / "new", *STILL, "--model.checkpoint")
     line = refused(run, *options, finetuned("ham", "spam"))
     assert "train.csv has 2 classes: business, sports; the checkpoint has 2: ham, spam; " in line
-    assert "(upper and lower case differ); " in refused(run, *options, finetuned("Business", "Sports"))
+    assert "(case, blanks or invisible characters differ); " in refused(run, *options, finetuned("Business", "Sports"))
     assert "the checkpoint has 3: LABEL_0, LABEL_1, LABEL_2; " in refused(
         run, *options, finetuned("LABEL_0", "LABEL_1", "LABEL_2")
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from data.sources import LabelledText, listed
+from data.sources import LabelledText, folded, listed
 from training.errors import ConfigError
 from training.pages import write_text_atomic
 from training.progress import say
@@ -58,7 +58,7 @@ def match_classes(
     if len(ours) == len(names) and (not certain or names == numbered(len(names))):
         say(f"classes     {listed(ours)}: named by {text.origin}, in this order; {owner} has {listed(names)}")
         return text
-    hint = " (upper and lower case differ)" if {*map(str.casefold, ours)} == {*map(str.casefold, names)} else ""
+    hint = " (case, blanks or invisible characters differ)" if {*map(folded, ours)} == {*map(folded, names)} else ""
     # Those that only one of the two has come first: the lists may be cut.
     only_ours, only_theirs = sorted(ours, key=lambda name: name in names), sorted(names, key=lambda name: name in ours)
     raise ConfigError(

@@ -128,6 +128,9 @@ def load_inputs(config: RunConfig, world: World) -> Inputs:
     }
     truncated = sum(split.truncated for split in splits.values())
     say(f"            {truncated:,} texts are longer than {config.data.max_length} tokens and are truncated")
+    if unknown := sum(int((split.input_ids == tokenizer.unk_token_id).sum()) for split in splits.values()):
+        total = sum(len(split.input_ids) for split in splits.values())
+        say(f"            {unknown:,} of {total:,} tokens are unknown to the tokenizer")
     texts = (1 + augmentation.n_aug) * len(text.train.labels)
     batches = -(-texts // settings.batch_size)
     steps_per_epoch = -(-batches // settings.accumulation_steps)

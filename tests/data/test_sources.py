@@ -117,6 +117,11 @@ GOOD = "label,text\n" + "".join(f"{i % 2},text {i}\n" for i in range(20))
         ("a.csv", GOOD + "1\n", r"a\.csv, row 22: 1 fields"),
         ("a.csv", GOOD + "1,  \n", r"a\.csv, row 22: the text is empty"),
         ("a.csv", GOOD + ",text\n", r"a\.csv, row 22: the label is empty"),
+        ("a.csv", GOOD + "label,text\n", r"a\.csv, row 22: is the header again"),
+        ("a.csv", GOOD + '1, "text"\n', r"a\.csv, row 22: a blank before a quote"),
+        ("a.csv", GOOD + "['a'],text\n", r"a\.csv, row 22: 'label' is \['a'\], a list written as text"),
+        ("a.csv", GOOD + "[1 0],text\n", r"a\.csv, row 22: 'label' is \[1 0\], a list written as text"),
+        ("a.jsonl", '{"label": 1, "label": 2, "text": "x"}\n', r"a\.jsonl, row 1: .*'label' has two values"),
         ("a.csv", "label,text\n", r"a\.csv: no rows"),
         ("a.csv", "", r"a\.csv, header: no column"),
         ("a.csv", "label,text,text\n1,a,b\n", r"a\.csv, header: 2 columns 'text'"),
@@ -435,6 +440,18 @@ def test_several_labels_per_text_in_every_format(tmp_path):
     assert loaded[0].class_counts() in (f"a: {a}, b: {b}", f"b: {b}, a: {a}")
 
 
+def test_names_that_look_alike_are_shown(tmp_path):
+    names = ["cafe\u0301", "[bar]", "caf\xe9", "[Bar ]"] * 10
+    csv = write(tmp_path / "a.csv", "label,text\n" + "".join(f"{name},text {i}\n" for i, name in enumerate(names)))
+    notes = load(csv).notes
+    assert {*notes} >= {
+        rf"two classes that look alike: {pair}" for pair in ("'[Bar ]' and '[bar]'", r"'cafe\u0301' and 'caf\xe9'")
+    }
+    test = write(tmp_path / "b.csv", "label,text\n\u200b[bar],x\n")
+    with pytest.raises(DataError, match=r"unknown label '\\u200b\[bar\]'; .*; '\[bar\]' looks like it"):
+        load(csv, test_file=test)
+
+
 def test_rows_with_unique_combinations_of_labels_can_be_held_out(tmp_path):
     rows = [{"text": f"{i}", "label": [c for bit, c in enumerate("abcde") if i >> bit & 1]} for i in range(32)]
     text = load(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
@@ -447,6 +464,8 @@ def test_rows_with_unique_combinations_of_labels_can_be_held_out(tmp_path):
         ([{"label": ["a", "b"]}, {"label": "a"}], r"row 2: of this label and that of .*row 1 only one is a list"),
         ([{"label": ["a", "b"]}, {"label": ["a", None]}], r"row 2: the label is empty"),
         ([{"label": ["a", "b"]}, {"label": [0.5]}], r"row 2: 'label' is 0.5, neither a name nor an integer"),
+        ([{"label": [1, 0, 0]}], r"row 1: 'label' lists a label twice: 1, 0, 0; .* 0 and 1 by label_columns"),
+        ([{"label": [1.0, 0.0]}, {"label": [0.0, 1.0]}], r"all texts have the same labels, 1, 0; .* label_columns"),
         ([{"label": ["a"]}, {"label": []}], r"the labels of all rows are a; classification needs two or more"),
         ([{"a": 1, "b": 0}, {"a": 1, "b": 2}], r"row 2: 'b' is 2, not 0 or 1"),
         ([{"a": 1, "b": 0}, {"a": None, "b": 0}], r"row 2: 'a' is None, not 0 or 1"),

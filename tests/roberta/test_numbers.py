@@ -1,5 +1,7 @@
 """Logits and gradients are finite for every batch, and texts that are too long are truncated and counted."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -88,12 +90,15 @@ def test_a_text_longer_than_the_position_table_is_truncated_and_counted(tiny_con
     rows = (tiny_data / "train.csv").read_text().splitlines()
     rows[1] += " report" * 500
     rows[2] += " report" * 40
+    rows[3] += " quux quux"
     (tiny_data / "train.csv").write_text("\n".join(rows) + "\n")
     run = tiny_data / "run"
     # The table of the tiny checkpoint ends at 32 tokens.
     options = ["--train.epochs", "1", "--data.max-length", "32", "--data.padding", "max_length"]
     assert train(parse_command_line([str(tiny_config), *options])) == 0
-    assert "2 texts are longer than 32 tokens and are truncated" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "2 texts are longer than 32 tokens and are truncated" in out
+    assert re.search(r" 2 of [\d,]+ tokens are unknown to the tokenizer", out)
     words = [str(run), "--text", "new goal" + " report" * 500, "oil price"]
     assert evaluate(parse_options(Arguments, words, prog="evaluate.py")) == 0
     assert "1 texts are longer than 32 tokens and are truncated" in capsys.readouterr().out
