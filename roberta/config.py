@@ -28,6 +28,14 @@ def _check_size(name: str, value: Any) -> None:
         raise CheckpointError(f"{name} is {value!r}, it must be an integer from {minimum} to {maximum:,}")
 
 
+def _names_by_number(label2id: Any) -> tuple[str, ...]:
+    """The names in the order of their numbers; () unless these are 0, 1, 2, ... without gaps."""
+    numbers = list(label2id.values()) if isinstance(label2id, dict) else []
+    if not 0 < len(numbers) <= _MAX_LABELS or {*map(repr, numbers)} != {*map(str, range(len(numbers)))}:
+        return ()
+    return tuple(sorted(label2id, key=label2id.__getitem__))
+
+
 @dataclass(frozen=True)
 class RobertaConfig:
     """Sizes and constants of a RoBERTa encoder with a classification head.
@@ -148,6 +156,11 @@ class RobertaConfig:
             if len(labels) > _MAX_LABELS:
                 raise CheckpointError(f"id2label has {len(labels):,} labels, more than the limit of {_MAX_LABELS:,}")
             values["label_names"] = tuple(str(labels[str(index)]) for index in range(len(labels)))
+        found, named = values.get("label_names"), _names_by_number(raw.get("label2id"))
+        if named and found in (None, tuple(f"LABEL_{index}" for index in range(len(named)))):
+            values["label_names"] = named  # some files name the labels there alone
+        elif named != found and sorted(named) == sorted(found or ("",)):
+            raise CheckpointError("id2label and label2id number the same labels differently; correct one")
         if bert:
             for name in ("max_position_embeddings", "pad_token_id"):
                 _check_size(name, values[name])

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ from roberta.tokenizer import TextTokenizer
 # Heads of pretraining and of other tasks, which are dropped; any other unknown key is an error.
 _OTHER_HEADS = ("lm_head.", "pooler.", "cls.", "qa_outputs.", "classifier.weight", "classifier.bias")
 _IGNORED_SUFFIXES = ("embeddings.position_ids",)
+# What torch.compile, DistributedDataParallel and peft (merged) put before the keys of the model that they wrap.
+_WRAPPERS = re.compile(r"^((_orig_mod|module|base_model\.model)\.)+")
+_UNMERGED = re.compile(r"\.(base_layer|lora_\w+|modules_to_save|original_module)\.")
 _POSITIONS = "roberta.embeddings.position_embeddings.weight"
 _TOKEN_TYPES = "roberta.embeddings.token_type_embeddings.weight"
 
@@ -61,6 +65,9 @@ def load_checkpoint(
         model = RobertaForSequenceClassification(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     with open_weights(directory) as weights:
+        if unmerged := next(filter(_UNMERGED.search, weights), None):
+            fix = "call merge_and_unload() and save it again"
+            raise CheckpointError(f"{path}: holds {unmerged}, of a peft model that is not merged; {fix}")
         keys = {name: key for key in weights if (name := _parameter_name(key)) is not None}
         draw_head = new_head or not any(name.startswith("classifier.") for name in keys)
         if draw_head:
@@ -148,6 +155,7 @@ def save_checkpoint(
 
 
 def _without_prefix(key: str) -> str:
+    key = _WRAPPERS.sub("", key)
     return key.removeprefix("roberta.").removeprefix("bert.")
 
 

@@ -94,6 +94,42 @@ def test_labels_may_be_given_by_their_number(folder):
     assert load_checkpoint(folder).config.label_names == ("LABEL_0", "LABEL_1", "LABEL_2")
 
 
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"label2id": {"b": 1, "a": 0, "c": 2}}, "abc"),
+        ({"label2id": {"b": 1, "a": 0, "c": 2}, "num_labels": 3}, "abc"),
+        ({"label2id": {"c": 0, "a": 1, "b": 2}, "id2label": {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}}, "cab"),
+        ({"label2id": {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}, "id2label": {"0": "c", "1": "a", "2": "b"}}, "cab"),
+        ({"label2id": {"b": 1, "a": 0, "c": 1}, "id2label": {"0": "c", "1": "a", "2": "b"}}, "cab"),
+        ({"label2id": {"a": 0, "b": 1, "c": 2}, "id2label": {"0": "c", "1": "a", "2": "b"}}, None),
+    ],
+)
+def test_labels_may_be_named_in_label2id_alone(fields, names):
+    raw = {name: value for name, value in SMALL.to_dict().items() if name not in ("id2label", "label2id")}
+    if names:
+        assert RobertaConfig.from_dict(raw | fields).label_names == tuple(names)
+    else:
+        with pytest.raises(CheckpointError, match="id2label and label2id number the same labels differently"):
+            RobertaConfig.from_dict(raw | fields)
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.", "module._orig_mod.", "_orig_mod.base_model.model."])
+def test_names_of_wrappers_are_removed(folder, prefix):
+    before = load_checkpoint(folder)
+    edit_weights(folder, lambda weights: {prefix + name: tensor for name, tensor in weights.items()})
+    assert has_head(folder)
+    for name, parameter in load_checkpoint(folder).named_parameters():
+        assert torch.equal(parameter, before.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("part", ["base_layer", "original_module", "modules_to_save.default", "lora_A.default"])
+def test_a_peft_model_that_is_not_merged_is_named(folder, part):
+    edit_weights(folder, lambda w: {name.replace("out_proj", f"out_proj.{part}"): tensor for name, tensor in w.items()})
+    with pytest.raises(CheckpointError, match=r"holds classifier\.out_proj.* not merged; call merge_and_unload"):
+        load_checkpoint(folder)
+
+
 @pytest.mark.parametrize("single_output", [False, True])
 def test_a_head_for_regression_is_refused_unless_it_is_not_used(folder, single_output):
     if single_output:
