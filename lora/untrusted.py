@@ -74,6 +74,12 @@ def open_weights(path: Path) -> Iterator[Any]:
 
     Raises LoRAError if the file is missing or not a regular file, or if its header is invalid.
     """
+    if not path.exists() and (pickled := path.with_suffix(".bin")).is_file():
+        code = f"save_file(torch.load({str(pickled)!r}, 'cpu', weights_only=True), {str(path)!r})"
+        raise LoRAError(
+            f"{pickled}: not read, as its format can run code; convert it once: "
+            f'python -c "import torch; from safetensors.torch import save_file; {code}"'
+        )
     try:
         _check_file(path, 1 << 62)
         with path.open("rb") as start:

@@ -127,6 +127,10 @@ def test_an_adapter_that_peft_wrote(command, tiny_checkpoint, tiny_config, tmp_p
     settings.write_text(settings.read_text().replace(str(tiny_checkpoint), "/moved/elsewhere"))
     code, _, err = command(tmp_path / "theirs", "--text", "oil")
     assert code == EXIT_BAD_INPUT and "'/moved/elsewhere': no such folder" in err and "with --base" in err
+    settings.write_text(settings.read_text().replace('"revision": null', '"revision": "v2"'))
+    code, _, err = command(tmp_path / "theirs", "--text", "oil")
+    assert code == EXIT_BAD_INPUT and "trained on revision 'v2' of /moved/elsewhere; fetch that" in err
+    assert command(tmp_path / "theirs", "--base", tiny_checkpoint, "--text", "oil")[0] == 0
 
 
 def self_labelled(folder, tiny_checkpoint, base_names, own_head, stored, file_names):
@@ -195,7 +199,13 @@ def test_classes_are_matched_by_name(
     [
         (MOOD, False, None, MAIL, "own.csv has 2 classes: ham, spam; the base checkpoint has 2: negative, positive; "),
         (NUMBERED, True, FRUIT, MAIL, "own.csv has 2 classes: ham, spam; the adapter has 2: zebra, apple; "),
-        (NUMBERED, True, FRUIT, ("Zebra", "apple"), "the adapter has 2: zebra, apple (case, blanks or invisible characters differ); "),
+        (
+            NUMBERED,
+            True,
+            FRUIT,
+            ("Zebra", "apple"),
+            "the adapter has 2: zebra, apple (case, blanks or invisible characters differ); ",
+        ),
         (NUMBERED, True, ("a", "b", "c"), ("a", "b"), "labels.json names 3 classes, but the adapter's head has 2"),
         (NUMBERED, True, ("a", "a"), ("a", "b"), "labels.json: must be a list of different names"),
     ],
@@ -285,12 +295,27 @@ def test_unusable_arguments_are_a_one_line_error(command, finished, tmp_path):
         assert code == EXIT_BAD_INPUT and says in err and err.count("\n") == 1, (arguments, err)
 
 
+def test_the_tokenizer_saved_with_an_adapter_is_used(command, finished, tiny_checkpoint):
+    adapter, words = finished[0] / "adapter", ("--text", "oil", "goal")
+    before = command(adapter, "--base", tiny_checkpoint, *words)[1].splitlines()[-2:]
+    raw = json.loads((adapter / "tokenizer.json").read_text())
+    vocabulary = raw["model"]["vocab"]
+    vocabulary["oil"], vocabulary["goal"] = vocabulary["goal"], vocabulary["oil"]
+    (adapter / "tokenizer.json").write_text(json.dumps(raw))
+    _, out, _ = command(adapter, "--base", tiny_checkpoint, *words)
+    assert list(map(probabilities, out.splitlines()[-2:])) == list(map(probabilities, before[::-1]))
+    assert f"tokenizer   {adapter}" in out
+
+
 def test_a_damaged_adapter_is_a_one_line_error(command, finished):
     folder, _ = finished
     weights = folder / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     code, _, err = command(folder)
     assert code == EXIT_BAD_INPUT and "adapter_model.safetensors: not a complete safetensors file" in err
+    weights.rename(weights.with_suffix(".bin"))
+    code, _, err = command(folder)
+    assert code == EXIT_BAD_INPUT and "adapter_model.bin: not read, as its format can run code; convert it" in err
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"})[:-3])
     code, _, err = command(folder)
     assert code == EXIT_BAD_INPUT and err.count("\n") == 1
