@@ -227,8 +227,8 @@ def _parse_json(text: str, where: str) -> Any:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, of which `json` keeps the last of several values. Raises ValueError."""
-    names = [name for name, _ in pairs]
-    if len(found := dict(pairs)) < len(names):
+    if len(found := dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{listed([twice])!r} has two values")
     return found

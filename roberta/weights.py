@@ -68,7 +68,9 @@ def load_checkpoint(
         if unmerged := next(filter(_UNMERGED.search, weights), None):
             fix = "call merge_and_unload() and save it again"
             raise CheckpointError(f"{path}: holds {unmerged}, of a peft model that is not merged; {fix}")
-        keys = {name: key for key in weights if (name := _parameter_name(key)) is not None}
+        names = {key: name for key in weights if (name := _parameter_name(key)) is not None}
+        keys = {name: key for key, name in names.items()}
+        _refuse(path, "has another key for the parameter of", names.keys() - keys.values(), "it mixes two models")
         draw_head = new_head or not any(name.startswith("classifier.") for name in keys)
         if draw_head:
             keys = {name: key for name, key in keys.items() if not name.startswith("classifier.")}

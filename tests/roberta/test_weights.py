@@ -123,6 +123,13 @@ def test_names_of_wrappers_are_removed(folder, prefix):
         assert torch.equal(parameter, before.get_parameter(name)), name
 
 
+def test_two_keys_of_one_parameter_are_refused(folder):
+    key = "roberta.embeddings.LayerNorm.weight"
+    edit_weights(folder, lambda weights: weights | {f"module.{key}": weights[key] + 1})
+    with pytest.raises(CheckpointError, match=rf"another key for the parameter of (module\.)?{key}; it mixes"):
+        load_checkpoint(folder)
+
+
 @pytest.mark.parametrize("part", ["base_layer", "original_module", "modules_to_save.default", "lora_A.default"])
 def test_a_peft_model_that_is_not_merged_is_named(folder, part):
     edit_weights(folder, lambda w: {name.replace("out_proj", f"out_proj.{part}"): tensor for name, tensor in w.items()})
