@@ -23,7 +23,7 @@ from lora.targets import (
     fully_trained_modules,
     matches,
     pattern_value,
-    targeted_linears,
+    targeted_layers,
 )
 from lora.vera import Projections, VeRALinear
 
@@ -38,6 +38,8 @@ class MethodConfig:
     table: ClassVar[str]
     """Name of the method in a TOML file, and of its folder where several methods are saved."""
     peft_type: ClassVar[str]
+    in_peft: ClassVar[bool] = True
+    """Whether peft has the method, and so reads the file."""
     peft_names: ClassVar[dict[str, str]] = {}
     peft_constants: ClassVar[dict[str, Any]] = {}
     """Fields of peft's file that have one value here."""
@@ -45,12 +47,14 @@ class MethodConfig:
     """Settings that peft does not have for this method; where they are used, its file lists the layers by name."""
     key_prefix: ClassVar[str] = "base_model.model."
     """What peft puts before the name of each parameter."""
+    peft_layer: ClassVar[str] = "base_layer"
+    """What peft puts between the name of a target and those of its own parameters."""
 
     modules_to_save: tuple[str, ...] = ("classifier",)
     """Modules trained fully and saved with the adapter; the head, unless told otherwise."""
 
     def targets(self, model: nn.Module) -> Mapping[str, nn.Module]:
-        """The modules to wrap, by their names in the plain model; of a model with adapters, what these wrap."""
+        """The modules to adapt, by their names in the plain model; of a model with adapters, what these wrap."""
         return {}
 
     def wrap(self, base: Any, name: str) -> Adapter:
@@ -89,7 +93,10 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class LinearMethodConfig(MethodConfig):
-    """Settings of a method that wraps linear layers."""
+    """Settings of a method that adapts linear layers, or other layers of one `kind`."""
+
+    kind: ClassVar[type[nn.Module]] = nn.Linear
+    kind_name: ClassVar[str] = "linear layer"
 
     target_modules: tuple[str, ...] | str = ("query", "key", "value")
     """Linear layers to adapt: names or ends of names, one regular expression for the whole name, or "all-linear": all
@@ -102,11 +109,11 @@ class LinearMethodConfig(MethodConfig):
     """Names of the lists, such as "layer", whose layers `layers_to_transform` counts; None counts in any."""
 
     def targets(self, model: nn.Module) -> Mapping[str, nn.Module]:
-        """The linear layers that the settings select."""
-        return targeted_linears(model, self)
+        """The layers that the settings select."""
+        return targeted_layers(model, self)
 
     def check(self, model: nn.Module) -> None:
-        """Raise LoRAError for a setting that names a module that `model` does not have, or not as nn.Linear."""
+        """Raise LoRAError for a setting that names a module that `model` does not have, or not as a layer of `kind`."""
         check_names(model, self)
 
     def selects(self, name: str) -> bool:
@@ -223,6 +230,76 @@ class IA3Config(LinearMethodConfig):
 
 
 @dataclass(frozen=True)
+class BitFitConfig(MethodConfig):
+    """BitFit: nothing is added, and every bias of the model is trained: b in x W^T + b and in LayerNorm.
+
+    Source: Ben Zaken et al. 2022, "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked
+    Language-models", section 3.
+    """
+
+    table: ClassVar[str] = "bitfit"
+    peft_type: ClassVar[str] = "BITFIT"
+    in_peft: ClassVar[bool] = False
+
+    def trains(self, name: str, adapted: bool) -> bool:
+        """Biases."""
+        return name.rpartition(".")[2] == "bias"
+
+
+@dataclass(frozen=True)
+class LayerNormConfig(LinearMethodConfig):
+    """LayerNorm tuning, as peft's `LNTuningConfig`: nothing is added, and each LayerNorm's g and b are trained.
+
+        y = g * (x - mean(x)) / sqrt(var(x) + eps) + b,     g, b (hidden,)
+
+    Source: Zhao et al. 2023, "Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning", section 3.
+    """
+
+    table: ClassVar[str] = "layer_norm"
+    peft_type: ClassVar[str] = "LN_TUNING"
+    peft_lacks: ClassVar[tuple[str, ...]] = ("layers_to_transform", "layers_pattern")
+    peft_layer: ClassVar[str] = "ln_tuning_layers"
+    kind: ClassVar[type[nn.Module]] = nn.LayerNorm
+    kind_name: ClassVar[str] = "LayerNorm"
+
+    target_modules: tuple[str, ...] | str = ("LayerNorm",)
+    """LayerNorms to train, named as for LoRA."""
+
+    def wrap_all(self, modules: Mapping[str, nn.Module]) -> dict[str, Adapter]:
+        """None: the layers' own parameters are trained."""
+        return {}
+
+    def trains(self, name: str, adapted: bool) -> bool:
+        """The parameters of the targets."""
+        return adapted
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target_modules == ALL_LINEAR:
+            raise LoRAError("layer_norm: target_modules is all-linear; name LayerNorms, for example LayerNorm")
+
+
+@dataclass(frozen=True)
+class FullConfig(MethodConfig):
+    """Full fine-tuning: nothing is added, and every parameter is trained, or only those of some modules.
+
+    The largest and the smallest choice that the methods are between: the complete model, or the head alone with
+    `modules_to_save = ["classifier"]`.
+    """
+
+    table: ClassVar[str] = "full"
+    peft_type: ClassVar[str] = "FULL"
+    in_peft: ClassVar[bool] = False
+
+    modules_to_save: tuple[str, ...] = ("roberta", "classifier")
+    """The modules that are trained and saved, by names or ends of names; nothing else is."""
+
+    def __post_init__(self) -> None:
+        if not self.modules_to_save:
+            raise LoRAError("full: modules_to_save is empty; name at least one module, for example classifier")
+
+
+@dataclass(frozen=True)
 class VeRAConfig(LinearMethodConfig):
     """Settings of VeRA, as peft's `VeraConfig`. Raises LoRAError as LoRAConfig does."""
 
@@ -284,6 +361,9 @@ METHODS: dict[str, type[MethodConfig]] = {
         LoRAConfig,
         VeRAConfig,
         IA3Config,
+        BitFitConfig,
+        LayerNormConfig,
+        FullConfig,
     )
 }
 """Every method by the name of its table."""

@@ -26,7 +26,7 @@ def inject_lora(model: nn.Module, *configs: MethodConfig) -> nn.Module:
     Raises LoRAError, before anything is changed, if a setting that names modules matches none, if a target is of the
     wrong type, if two methods have the same target, or if the model carries adapters already.
     """
-    if adapters(model):
+    if hasattr(model, "adapter_configs"):
         raise LoRAError("this model carries adapters already; unload them first, or start from a fresh model")
     for config in configs:
         config.check(model)

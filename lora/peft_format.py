@@ -86,7 +86,7 @@ def save_adapter(
                 value = getattr(config, ours)
                 fields[theirs] = dict(value) if isinstance(value, Mapping) else value
         if any(getattr(config, name) is not None for name in config.peft_lacks):
-            fields["target_modules"] = [*own]
+            fields["target_modules"] = [*config.targets(model)]
         with atomic_write(folder / WEIGHTS_NAME) as part:
             part.write_bytes(save(tensors, metadata={"format": "pt"}))
         # Sorted by name, but not within the patterns: the first that matches counts, so their order matters.
@@ -121,15 +121,17 @@ def load_adapter(model: nn.Module, directory: str | Path) -> tuple[MethodConfig,
     loaded = []
     for folder, config in configs.items():
         # What the settings ask for, without memory: they may claim any rank.
-        wrapped = config.wrap_all({name: _on_meta(module) for name, module in config.targets(model).items()})
-        if not wrapped and isinstance(config, LinearMethodConfig):
-            raise LoRAError(f"{folder / CONFIG_NAME}: target_modules matches no linear layer; it is of another model")
+        targets = config.targets(model)
+        wrapped = config.wrap_all({name: _on_meta(module) for name, module in targets.items()})
+        if isinstance(config, LinearMethodConfig) and not targets:
+            kind = config.kind_name
+            raise LoRAError(f"{folder / CONFIG_NAME}: target_modules matches no {kind}; it is of another model")
         planned |= wrapped
         loaded.append(_read_weights(folder / WEIGHTS_NAME, model, config, wrapped))
         for pattern in config.unmatched_patterns(wrapped):
             warnings.warn(f"{folder / CONFIG_NAME}: {pattern} matches no adapted layer", stacklevel=2)
     if hasattr(model, "adapter_configs"):
-        _check_same(planned, carried, Path(directory))
+        _check_same(model, configs.values(), planned, Path(directory))
     else:
         wrap_targets(model, *configs.values())
     for config, tensors in zip(configs.values(), loaded, strict=True):
@@ -146,12 +148,19 @@ def _on_meta(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def _check_same(planned: dict[str, Adapter], carried: dict[str, Adapter], directory: Path) -> None:
-    """Raise LoRAError if the model carries other adapters than those that a file's settings ask for."""
+def _check_same(model: Any, configs: Collection[MethodConfig], planned: Mapping[str, Adapter], directory: Path) -> None:
+    """Raise LoRAError if the model carries other methods than a file's settings ask for, or trains what it lacks."""
+    carried = adapters(model)
     for name in carried.keys() | planned.keys():
         ours, asked = carried.get(name), planned.get(name)
         if not (ours and asked and type(ours) is type(asked) and ours.settings() == asked.settings()):
             raise LoRAError(f"{directory}: other settings than those of the model's adapter on {name}; load it afresh")
+    trained, held = (
+        {name for config in those for name in trained_parameters(model, config)}
+        for those in (model.adapter_configs, configs)
+    )
+    if trained - held or {*map(type, model.adapter_configs)} != {*map(type, configs)}:
+        raise LoRAError(f"{directory}: other parameters than those that the model trains; load it afresh")
 
 
 def _read_weights(
@@ -159,7 +168,8 @@ def _read_weights(
 ) -> dict[str, torch.Tensor]:
     """The tensors that `config` asks for, by their keys, checked before one is read. Raises LoRAError."""
     wanted: dict[str, torch.Tensor] = _saved(model, config, planned)
-    optional = {_key(name, config, planned): value for name, value in own_parameters(model, adapters(model)).items()}
+    targets = config.targets(model)
+    optional = {_key(name, config, targets): value for name, value in own_parameters(model, adapters(model)).items()}
     with open_weights(path) as file:
         held = _plain_keys(file.keys(), wanted.keys() | optional.keys())
         biases = {key for key in wanted if key.endswith(".base_layer.bias")}
@@ -192,11 +202,10 @@ def _read_weights(
 @torch.no_grad()
 def _copy(loaded: dict[str, torch.Tensor], model: nn.Module, config: MethodConfig) -> None:
     """Copy tensors of a file into the model's parameters."""
-    wrapped = adapters(model)
-    own = _adapters_of(config, wrapped)
-    tensors = _saved(model, config, own)
+    wrapped, targets = adapters(model), config.targets(model)
+    tensors = _saved(model, config, _adapters_of(config, wrapped))
     for name, parameter in own_parameters(model, wrapped).items():
-        tensors.setdefault(_key(name, config, own), parameter)
+        tensors.setdefault(_key(name, config, targets), parameter)
     for key, tensor in loaded.items():
         tensors[key].copy_(tensor)
 
@@ -218,18 +227,18 @@ def _plain_keys(keys: Iterable[str], known: Collection[str]) -> dict[str, str]:
     return plain
 
 
-def _key(name: str, config: MethodConfig, wrapped: Mapping[str, Adapter]) -> str:
-    """Key in the file of the model's own parameter `name`, where `wrapped` are adapted: "query.bias" ->
-    "...query.base_layer.bias"; "classifier.dense.bias" -> "...classifier.dense.bias"."""
+def _key(name: str, config: MethodConfig, targets: Mapping[str, nn.Module]) -> str:
+    """Key in the file of the model's own parameter `name`: "query.bias" -> "...query.base_layer.bias" if the query is a
+    target, "classifier.dense.bias" -> "...classifier.dense.bias" if that is none."""
     module, _, own = name.rpartition(".")
-    return f"{config.key_prefix}{module}.base_layer.{own}" if module in wrapped else f"{config.key_prefix}{name}"
+    return f"{config.key_prefix}{module}.{config.peft_layer}.{own}" if module in targets else config.key_prefix + name
 
 
 def _saved(model: nn.Module, config: MethodConfig, wrapped: Mapping[str, Adapter]) -> dict[str, torch.Tensor]:
     """Key in the file -> tensor, for all that belongs to a method, `wrapped` being its adapters."""
-    trained = trained_parameters(model, config).items()
+    trained, targets = trained_parameters(model, config).items(), config.targets(model)
     return (
-        {_key(name, config, wrapped): parameter for name, parameter in trained}
+        {_key(name, config, targets): parameter for name, parameter in trained}
         | config.shared(wrapped)
         | {
             config.parameter_key(name, adapter.peft_keys[own]): parameter

@@ -82,27 +82,27 @@ def _numbers(layers_pattern: str | Collection[str] | None) -> list[str]:
     return [rf"(?:^|.*?\.){item}\.(?P<number>\d+)\." for item in items or () if item]
 
 
-def targeted_linears(model: nn.Module, config: Any) -> dict[str, nn.Linear]:
-    """The linear layers that `config` selects, by their names in the plain model, also if they are wrapped already.
+def targeted_layers(model: nn.Module, config: Any) -> dict[str, nn.Module]:
+    """The layers that `config` selects, by their names in the plain model, also if they are wrapped already.
 
     The layers of a fully trained module need no update, so they are never targets (peft's rule).
     """
     wrapped = adapters(model)
     fully_trained = tuple(f"{name}." for name in fully_trained_modules(model, config))
-    linears = {plain_name(name, wrapped): m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    layers = {plain_name(name, wrapped): m for name, m in model.named_modules() if isinstance(m, config.kind)}
     added = tuple(f"{name}.{own}." for name, adapter in wrapped.items() for own, _ in adapter.named_children())
     return {
-        name: linear
-        for name, linear in linears.items()
+        name: layer
+        for name, layer in layers.items()
         if config.selects(name) and not f"{name}.".startswith((*fully_trained, *added))
     }
 
 
 def check_names(model: nn.Module, config: Any) -> None:
-    """Raise LoRAError for a setting that names a module or layer that `model` does not have, or not as nn.Linear."""
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    """Raise LoRAError for a setting that names what `model` does not have, or not as a layer of `config.kind`."""
+    possible = {name: module for name, module in model.named_modules() if isinstance(module, config.kind)}
     layers = config.layers_to_transform
-    present = {index for name in linears if (index := layer_index(name, config.layers_pattern)) is not None}
+    present = {index for name in possible if (index := layer_index(name, config.layers_pattern)) is not None}
     absent = sorted(set(layers or ()) - present)
     if absent:
         have = f"layers {min(present)} to {max(present)}" if present else "no numbered layers"
@@ -117,24 +117,24 @@ def check_names(model: nn.Module, config: Any) -> None:
     for shown, one in _each(config.exclude_modules or ()):
         if not (hits := [name for name in candidates if matches(one, name)]):
             raise LoRAError(
-                f"{config.table}: exclude_modules: {shown} matches no module; there are {_endings(linears)}"
+                f"{config.table}: exclude_modules: {shown} matches no module; there are {_endings(possible)}"
             )
         candidates = {name: module for name, module in candidates.items() if name not in hits}
     for shown, one in () if config.target_modules == ALL_LINEAR else _each(config.target_modules):
         if not (hits := [name for name in candidates if matches(one, name, layers, config.layers_pattern)]):
             raise LoRAError(
-                f"{config.table}: target_modules: {shown} matches no linear layer; there are {_endings(linears)}"
+                f"{config.table}: target_modules: {shown} matches no {config.kind_name}; there are {_endings(possible)}"
             )
         for name in hits:
-            if name not in linears:
+            if name not in possible:
                 raise LoRAError(
                     f"{config.table}: target_modules: {shown} matches {name}, a {type(candidates[name]).__name__}; "
-                    f"adapters wrap nn.Linear: {_endings(linears)}"
+                    f"{config.table} adapts nn.{config.kind.__name__}: {_endings(possible)}"
                 )
-    adapted = targeted_linears(model, config)
+    adapted = targeted_layers(model, config)
     if not adapted:
         raise LoRAError(
-            f"{config.table}: target_modules: {config.target_modules!r} matches no linear layer that may be adapted"
+            f"{config.table}: target_modules: {config.target_modules!r} matches no {config.kind_name} to be adapted"
         )
     for pattern in config.unmatched_patterns(adapted):
         raise LoRAError(f"{config.table}: {pattern} matches no adapted layer; there are {_endings(adapted)}")

@@ -22,6 +22,7 @@ from roberta.tokenizer import TextTokenizer
 from roberta.weights import load_checkpoint, save_checkpoint
 from tests.conftest import tiny_rows
 from train import train
+from training import recorder
 from training.command_line import EXIT_BAD_INPUT, parse_options, run_command
 from training.config import parse_command_line, read_config, write_config
 
@@ -251,8 +252,12 @@ def test_names_travel_with_the_adapter_folder(command, finished, tiny_checkpoint
     assert code == EXIT_BAD_INPUT and "labels.json: can't be read (no such file)" in err
 
 
-def test_a_partly_trained_head_scores_the_same_again(command, tiny_config, tiny_data, capsys):
-    train(parse_command_line([str(tiny_config), "--lora.modules-to-save", "classifier.out_proj"]))
+@pytest.mark.parametrize("table", ["[lora]\nrank = 4", "[bitfit]", "[full]"])
+def test_a_partly_trained_head_scores_the_same_again(command, tiny_config, tiny_data, capsys, monkeypatch, table):
+    monkeypatch.setattr(recorder, "write_pages", lambda folder: None)
+    text = tiny_config.read_text().replace("[lora]\nrank = 4\nalpha = 8", table)
+    tiny_config.write_text(text.replace(table, f'{table}\nmodules_to_save = ["classifier.out_proj"]'))
+    train(parse_command_line([str(tiny_config), "--train.epochs", "2"]))
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("test accuracy"))
     assert line in command(tiny_data / "run")[1].splitlines()
 

@@ -22,7 +22,16 @@ import tomli_w
 from data.augmentation import AugmentationConfig
 from data.cleaning import CleaningConfig
 from data.sources import DataConfig
-from lora.config import METHODS, IA3Config, LoRAConfig, MethodConfig, VeRAConfig
+from lora.config import (
+    METHODS,
+    BitFitConfig,
+    FullConfig,
+    IA3Config,
+    LayerNormConfig,
+    LoRAConfig,
+    MethodConfig,
+    VeRAConfig,
+)
 from training.command_line import parse_options, section_of
 from training.errors import ConfigError
 
@@ -123,6 +132,9 @@ class RunConfig:
     """Methods combine: each table of a TOML file turns one on. Without any, it is LoRA with its defaults."""
     vera: VeRAConfig | None = None
     ia3: IA3Config | None = None
+    bitfit: BitFitConfig | None = None
+    layer_norm: LayerNormConfig | None = None
+    full: FullConfig | None = None
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 

@@ -20,7 +20,8 @@ def write_model_card(folder: RunFolder) -> None:
     report = json.loads(folder.report.read_text(encoding="utf-8"))
     config, test = report["config"], report["test"]
     trained = [part for part, row in report["parameters_by_part"].items() if row["trainable"]]
-    methods = [config[table] for table in METHODS if config.get(table)]
+    tables = [table for table in METHODS if config.get(table)]
+    methods = [config[table] for table in tables]
     numbers = [item for method in methods for item in method.items() if isinstance(item[1], int | float) and item[1]]
     base = read_base_model(folder.adapter) or config["model"]["checkpoint"]
     facts = {
@@ -35,6 +36,7 @@ def write_model_card(folder: RunFolder) -> None:
         facts["test exact match" if multi_label else "test accuracy"] = f"{100 * test['accuracy']:.2f} %"
         facts |= {"micro F1": f"{test['micro']['f1']:.3f}"} if multi_label else {}
         facts["macro precision, recall, F1"] = f"{test['precision']:.3f}, {test['recall']:.3f}, {test['f1']:.3f}"
+    facts = {name: value for name, value in facts.items() if value}
     facts["training"] = f"{report['epochs_run']} epochs in {minutes(report['train_seconds'])} on {report['device']}"
     write_page(
         "card.md",
@@ -45,6 +47,7 @@ def write_model_card(folder: RunFolder) -> None:
         base=base,
         model_type=report["origins"]["model_type"],
         several=len(methods) > 1,
+        in_peft=all(METHODS[table].in_peft for table in tables),
         labels=report["label_names"],
         multi_label=multi_label,
         facts=facts,

@@ -110,7 +110,7 @@ def test_adapters_change_the_output_of_attention():
         ({"target_modules": ("qeury",)}, "'qeury' matches no linear layer; there are query|attention.self.query"),
         ({"target_modules": ("query", "nothing")}, "'nothing' matches no linear layer"),
         ({"target_modules": r"layer\.9\..*"}, "matches no linear layer"),
-        ({"target_modules": ("LayerNorm",)}, "a LayerNorm; adapters wrap nn.Linear"),
+        ({"target_modules": ("LayerNorm",)}, "a LayerNorm; lora adapts nn.Linear"),
         ({"target_modules": ("classifier.dense",)}, "'classifier.dense' matches no linear layer"),
         ({"modules_to_save": ("head",)}, "'head' matches no module; the model's parts are roberta, classifier"),
         ({"layers_to_transform": (1, 7)}, "no layer 7; the model has layers 0 to 2"),

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from lora.adapter import adapters
-from lora.config import IA3Config, LoRAConfig, MethodConfig, VeRAConfig
-from lora.inject import count_parameters, inject_lora, merge_lora, unload_lora
+from lora.config import IA3Config, LayerNormConfig, LoRAConfig, MethodConfig, VeRAConfig
+from lora.inject import count_parameters, inject_lora, merge_lora, own_parameters, unload_lora
 from lora.peft_format import load_adapter, save_adapter
 from tests.parity.oracle import assert_close, assert_same, our_copy, ragged_batch, reference_model
 
@@ -68,6 +68,20 @@ METHODS = {
         peft.IA3Config,
         {"target_modules": ["query", *FEED_FORWARD], "feedforward_modules": list(FEED_FORWARD)},
     ),
+    "LayerNorm of one layer": Case(
+        LayerNormConfig(layers_to_transform=(1,)), peft.LNTuningConfig, {"target_modules": r".*layer\.1\..*LayerNorm"}
+    ),
+    "LayerNorm beside other modules": Case(
+        LayerNormConfig(
+            exclude_modules=("attention.output.LayerNorm",), modules_to_save=("roberta.embeddings", "classifier")
+        ),
+        peft.LNTuningConfig,
+        {
+            "target_modules": ["LayerNorm"],
+            "exclude_modules": ["attention.output.LayerNorm"],
+            "modules_to_save": ["roberta.embeddings"],
+        },
+    ),
 }
 
 
@@ -77,10 +91,12 @@ def our_keys(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     for name, adapter in wrapped.items():
         for own, parameter in adapter.own_parameters().items():
             found[adapter.config.parameter_key(name, adapter.peft_keys[own])] = parameter
-    added = {id(parameter) for parameter in found.values()}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in added:
-            found[f"base_model.model.{name.replace('.base.', '.base_layer.')}"] = parameter
+    config = model.adapter_configs[0]
+    targets = {f"{name}.": f"{name}.{config.peft_layer}." for name in config.targets(model)}
+    for name, parameter in own_parameters(model, wrapped).items():
+        if parameter.requires_grad:
+            module, own = name[: name.rindex(".") + 1], name.rpartition(".")[2]
+            found[f"base_model.model.{targets.get(module, module)}{own}"] = parameter
     return found
 
 

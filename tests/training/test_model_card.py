@@ -72,6 +72,9 @@ def test_cards_of_other_runs(run_folder):
     assert "--export merged/" in bert and "PeftModel" not in bert
     assert "cleans a text" not in bert
 
+    bitfit = card(config=report["config"] | {"lora": None, "bitfit": {"modules_to_save": ["classifier"]}})
+    assert "peft does not have this method. First merge" in bitfit and "peft\n" not in bitfit and "with |" not in bitfit
+
     cleaning = report["config"]["data"] | {"cleaning": {"html": True, "punctuation": False, "lowercase": True}}
     cleaned = card(config=report["config"] | {"data": cleaning})
     assert "cleans a text as training did (html, lowercase;" in cleaned
