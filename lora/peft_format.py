@@ -95,9 +95,12 @@ def save_adapter(
 
 
 def adapter_folders(directory: str | Path) -> list[Path]:
-    """The folders with one method each: `directory` itself, or those in it that hold adapters."""
+    """The folders with one method each: `directory` itself, or those in it that are called like methods.
+
+    Others, such as the checkpoints of one training, are not parts of one adapter.
+    """
     directory = Path(directory)
-    several = sorted(path.parent for path in directory.glob(f"*/{CONFIG_NAME}"))
+    several = [directory / name for name in sorted(METHODS) if (directory / name / CONFIG_NAME).is_file()]
     return [directory] if (directory / CONFIG_NAME).is_file() or not several else several
 
 

@@ -279,9 +279,11 @@ def test_unusable_arguments_are_a_one_line_error(command, finished, tmp_path):
     (tmp_path / "gap.txt").write_text("oil price\n\nthe cup\n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     (tmp_path / "nothing").mkdir()
+    shutil.copytree(folder / "adapter", tmp_path / "training" / "checkpoint-500")
     for arguments, says in [
         ([tmp_path / "nothing"], "neither a run folder"),
         ([tmp_path / "missing"], "neither a run folder"),
+        ([tmp_path / "training", "--text", "oil"], "neither a run folder"),
         ([folder, "--text"], "--text has no text; write one after it"),
         ([folder, "--text", " "], "--text number 1: the text is empty"),
         ([folder, "--file", tmp_path / "empty.txt"], "empty.txt: is empty"),
