@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from train import make_optimizer, train
 from training import recorder, scoring, setup
 from training.command_line import EXIT_BAD_INPUT, EXIT_INTERRUPTED, run_command
 from training.config import parse_command_line, read_config
+from training.progress import program
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -167,6 +169,12 @@ def test_ctrl_c_ends_after_the_step_with_a_usable_folder(run, tiny_config, tiny_
     assert not report["complete"] and report["test"] is None and report["steps"] == at
     assert load_file(tiny_data / "run" / "adapter" / "adapter_model.safetensors")
     assert signal.getsignal(signal.SIGINT) is handler, "the run kept Ctrl-C to itself"
+
+
+def test_the_command_to_try_works_from_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    python, script = shlex.split(program("evaluate.py"))
+    assert Path(python).samefile(sys.executable) and Path(script).samefile(ROOT / "evaluate.py")
 
 
 def test_a_picture_that_fails_takes_no_scores_with_it(run, tiny_config, tiny_data, monkeypatch):

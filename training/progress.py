@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 import time
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -17,10 +18,10 @@ def say(line: str = "") -> None:
     sys.stdout.flush()
 
 
-def this_python() -> str:
-    """The current interpreter as a word of a command to copy: its path, relative to this folder where possible."""
-    path = os.path.relpath(sys.executable)
-    return shlex.quote(sys.executable if path.startswith(os.pardir) else path)
+def program(name: str) -> str:
+    """The start of a command to copy: this interpreter and train.py or evaluate.py, relative where that is shorter."""
+    paths = (sys.executable, str(Path(__file__).resolve().parents[1] / name))
+    return " ".join(shlex.quote(min(path, os.path.relpath(path), key=len)) for path in paths)
 
 
 class Progress:

@@ -25,7 +25,7 @@ from training.html_report import write_html_report
 from training.model_card import write_model_card
 from training.plots import draw_plots
 from training.precision import Compute
-from training.progress import Progress, minutes, say, this_python
+from training.progress import Progress, minutes, program, say
 from training.report import build_report, peak_memory_bytes
 from training.run_folder import RunFolder, check_board
 from training.scoring import Scores, confident_mistakes
@@ -224,7 +224,7 @@ class Recorder:
             kept = f"epoch {state.best_epoch}, the best so far" if state.best else f"step {state.step}"
             config = shlex.quote(str(folder.config))
             say(f"\ninterrupted in epoch {epoch} after step {state.step}; {folder.adapter} holds the adapter of {kept}")
-            say(f"resume:  the same command with --resume, or {this_python()} train.py {config} --resume")
+            say(f"resume:  the same command with --resume, or {program('train.py')} {config} --resume")
         else:
             deciding = "accuracy" if test.micro is None else "micro F1"
             say(f"\nbest epoch {state.best_epoch} by validation {deciding}, ties by loss; on the test split:\n")
@@ -237,7 +237,7 @@ class Recorder:
             f"peak memory {peak:,.0f} MiB   trainable parameters {count.trainable:,}"
         )
         say(f"report:  {folder.html}")
-        say(f'try it:  {this_python()} evaluate.py {shlex.quote(str(folder.path))} --text "a text of your own"')
+        say(f'try it:  {program("evaluate.py")} {shlex.quote(str(folder.path))} --text "a text of your own"')
         self.world.wait()  # torchrun ends all processes when the first ends with a code that is not 0
         return 128 + self.interrupted if self.interrupted else 0  # as shells count
 
