@@ -82,18 +82,28 @@ def train_step(
 
 
 def make_optimizer(
-    model: nn.Module, learning_rate: float, weight_decay: float, decay_bias_and_norm: bool
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    decay_bias_and_norm: bool,
+    lora_plus_ratio: float = 1.0,
 ) -> torch.optim.AdamW:
     """AdamW over the trainable parameters (Loshchilov & Hutter 2017, algorithm 2).
 
     Decay pulls matrices towards zero; biases and LayerNorm's parameters, all vectors, are left alone unless asked
-    for. "Fused": one pass over each tensor (one kernel on a GPU) instead of one for each term of the formula.
+    for. LoRA+ (Hayou et al. 2024) trains LoRA's B at `lora_plus_ratio` times the rate of A; as in peft, all vectors,
+    the head's biases too, are trained at B's rate.
+    "Fused": one pass over each tensor (one kernel on a GPU) instead of one for each term of the formula.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in trainable if decay_bias_and_norm or parameter.ndim > 1]
-    not_decayed = [parameter for parameter in trainable if not decay_bias_and_norm and parameter.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, fused=True)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups[learning_rate, weight_decay] = []  # A's comes first: the first group's rate is logged
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = learning_rate * (lora_plus_ratio if name.endswith("lora_B") or parameter.ndim <= 1 else 1)
+            decay = weight_decay if decay_bias_and_norm or parameter.ndim > 1 else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+    filled = [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items() if group]
+    return torch.optim.AdamW(filled, fused=True)
 
 
 def make_schedule(
@@ -195,7 +205,8 @@ def train(config: RunConfig, world: World = ALONE) -> int:
         speed_up(model)  # also replaces each nn.Dropout by cpu.dropout.FastDropout: the same distribution of masks
     train_model = compute.compiled(model, settings.compile)  # the same parameters; only training steps use it
 
-    optimizer = make_optimizer(model, settings.learning_rate, settings.weight_decay, settings.decay_bias_and_norm)
+    rates = settings.learning_rate, settings.weight_decay, settings.decay_bias_and_norm, settings.lora_plus_ratio
+    optimizer = make_optimizer(model, *rates)
     total_steps = settings.epochs * inputs.steps_per_epoch
     schedule = make_schedule(optimizer, total_steps, round(settings.warmup_fraction * total_steps))
     scaler = compute.grad_scaler()

@@ -68,6 +68,8 @@ class TrainConfig:
     """Texts in one forward pass when scoring."""
     learning_rate: float = 5e-4
     """Peak learning rate."""
+    lora_plus_ratio: float = 1.0
+    """LoRA+: the learning rate of LoRA's B, and as in peft of every vector, divided by that of A and all others."""
     warmup_fraction: float = 0.06
     """Share of all steps in which the learning rate rises from 0 to its peak; it then falls to 0 linearly."""
     weight_decay: float = 0.01
@@ -103,7 +105,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         above_zero = "epochs batch_size accumulation_steps eval_batch_size learning_rate log_every checkpoint_minutes"
-        for name in [*above_zero.split(), "checkpoint_keep", "max_trainable"]:
+        for name in [*above_zero.split(), "lora_plus_ratio", "checkpoint_keep", "max_trainable"]:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"train.{name} is {value!r}; it must be above 0")
@@ -146,6 +148,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.overwrite and self.resume:
             raise ConfigError("overwrite and resume exclude each other; choose one")
+        if self.train.lora_plus_ratio != 1 and self.lora is None:
+            raise ConfigError(
+                f"train.lora_plus_ratio is {self.train.lora_plus_ratio:g}, but there is no [lora]; add it"
+            )
         for name in ("hidden_dropout", "attention_dropout", "classifier_dropout"):
             value = getattr(self.model, name)
             if value is not None and not 0 <= value < 1:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from peft.optimizers import create_loraplus_optimizer
 
 from data.batching import EncodedSplit, collate
 from lora.config import LoRAConfig
@@ -96,6 +97,34 @@ def test_fifty_steps_give_the_same_losses_and_weights(tmp_path, decay):
         else:
             assert_same(parameter, frozen[name], f"{name} is frozen and moved")
     assert np.mean(losses[-10:]) < np.mean(losses[:10])
+
+
+def test_twenty_steps_of_lora_plus_are_those_of_peft(tmp_path):
+    """Its groups too: B and every vector at 16 times the rate, biases without decay."""
+    ours, theirs = adapted_pair(tmp_path, CONFIG)
+    optimizer = make_optimizer(ours, RATE / 16, 0.01, decay_bias_and_norm=False, lora_plus_ratio=16)
+    expected = create_loraplus_optimizer(
+        theirs, torch.optim.AdamW, lr=RATE / 16, loraplus_lr_ratio=16, loraplus_weight_decay=0.01
+    )
+    final = {our_name(name): p for name, p in theirs.named_parameters() if p.requires_grad}
+
+    def settings(optimizer: torch.optim.Optimizer, trained: dict[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
+        found = {
+            id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+        }
+        return {name: found[id(p)] for name, p in trained.items()}
+
+    trained = {name: p for name, p in ours.named_parameters() if p.requires_grad}
+    assert_same(settings(optimizer, trained), settings(expected, final), "rate and decay of each parameter")
+    assert make_schedule(optimizer, 9, 0).get_last_lr()[0] == RATE / 16, "the rate that is logged"
+    for group in groups(encoded_texts())[:20]:
+        ids, mask, labels = one_batch(group)
+        for logits, one in ((ours(ids, mask), optimizer), (theirs(ids, mask).logits, expected)):
+            F.cross_entropy(logits, labels).backward()
+            one.step(), one.zero_grad()
+    for name, parameter in trained.items():
+        if not name.endswith("key.base.bias"):  # its gradient is rounding alone, which Adam scales up to full steps
+            assert_close(parameter, final[name], 1e-8, name)
 
 
 class _Summed:
