@@ -7,10 +7,11 @@ ARGS ?=
 FILES ?= 100000
 
 VENV := .venv
+ADAPTERS_VENV := .venv-adapters
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train table test proofs fuzz faults bench bench-scaling lint clean
+.PHONY: help setup train table test proofs adapters-env fuzz faults bench bench-scaling lint clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -36,6 +37,9 @@ test: $(VENV)/.installed-dev ## run all proofs and tests
 proofs: $(VENV)/.installed-dev ## print one table: how far each result is from peft and transformers
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m tests.parity.proofs -n 2 $(ARGS)
 
+adapters-env: $(ADAPTERS_VENV)/.installed ## compute what AdapterHub's library gives, in .venv-adapters, and load files both ways
+	@OMP_NUM_THREADS=1 $(ADAPTERS_VENV)/bin/python -m tests.parity.adapterhub
+
 fuzz: $(VENV)/.installed-dev ## give every reader 100,000 broken files (FILES=...)
 	LORABERTA_FUZZ=$(FILES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -n 2 tests/fuzz $(ARGS)
 
@@ -53,8 +57,8 @@ lint: $(VENV)/.installed-dev ## check style, security and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-clean: ## remove .venv and caches of tools (not runs/)
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean: ## remove .venv, .venv-adapters and caches of tools (not runs/)
+	rm -rf $(VENV) $(ADAPTERS_VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written last: an interrupted step is repeated, and so is one whose stamp is older than pyproject.toml. The
@@ -75,4 +79,11 @@ $(VENV)/.created:
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 		{ echo "error: $(PYTHON) lacks venv or pip; on Debian: apt install python3-venv python3-pip" >&2; exit 2; }
 	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# The library pins another transformers than the tests.
+$(ADAPTERS_VENV)/.installed:
+	@echo "installing AdapterHub's library into $(ADAPTERS_VENV) (once; a few minutes)"
+	@$(PYTHON) -m venv $(ADAPTERS_VENV)
+	@$(ADAPTERS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check "adapters==1.2.*" torch==2.13.0
 	@touch $@

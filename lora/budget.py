@@ -1,4 +1,4 @@
-"""How many parameters a configuration trains, and the largest rank that a budget allows.
+"""How many parameters a configuration trains, and the largest rank (of a bottleneck, the width) that a budget allows.
 
     python -m lora.budget roberta-base --rank 6 --targets query key value --labels 4
     python -m lora.budget --budget 1000000
@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from lora.config import LoRAConfig, MethodConfig
+from lora.adapter import adapters
+from lora.config import BottleneckConfig, LoRAConfig, MethodConfig
 from lora.errors import LoRAError
 from lora.inject import ParameterCount, count_parameters, inject_lora
 
@@ -46,6 +47,23 @@ def largest_rank(build: Callable[[], nn.Module], config: LoRAConfig, budget: int
     """
     one, two = (count_on_meta(build, dataclasses.replace(config, rank=rank), *others).trainable for rank in (1, 2))
     return 0 if one > budget or one == two else 1 + (budget - one) // (two - one)
+
+
+def smallest_reduction(
+    build: Callable[[], nn.Module], config: BottleneckConfig, budget: int, *others: MethodConfig
+) -> int:
+    """The smallest integer reduction factor with which `config`, beside `others`, trains at most `budget` parameters.
+
+    0 if none does. The count is linear in the width, hidden // factor, so those of width 1 and of the full width
+    determine it. Raises what `inject_lora` raises.
+    """
+    with torch.device("meta"):
+        widest = inject_lora(build(), dataclasses.replace(config, reduction_factor=1), *others)
+    hidden = int(max(adapter.settings().get("width", 0) for adapter in adapters(widest).values()))
+    full = count_parameters(widest).trainable
+    one = count_on_meta(build, dataclasses.replace(config, reduction_factor=hidden), *others).trainable
+    width = 1 + (budget - one) * (hidden - 1) // (full - one)
+    return hidden // (width + 1) + 1 if one <= budget else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,6 +132,7 @@ def _print_ranks(options: argparse.Namespace) -> None:
     names = [options.model] if options.model else ["roberta-base", "roberta-large"]
     target_sets = (options.targets,) if options.targets else TARGET_SETS
     heads = (options.head,) if options.head else tuple(HEADS)
+    default = not (options.targets or options.exclude or options.layers or options.bias != "none")
     width = max(len(text) for text in [*names, *map(", ".join, target_sets)])
     print(f"largest rank that trains at most {options.budget:,} parameters, {options.labels} labels\n")
     for name in names:
@@ -122,6 +141,11 @@ def _print_ranks(options: argparse.Namespace) -> None:
         for targets in target_sets:
             ranks = [largest_rank(build, _config(options, targets, head), options.budget) for head in heads]
             print(f"{', '.join(targets):<{width}}        " + "  ".join(f"{rank or 'over':>9}" for rank in ranks))
+        for form in ("pfeiffer", "houlsby") if default else ():
+            configs = [BottleneckConfig(modules_to_save=HEADS[head], form=form) for head in heads]
+            factors = [smallest_reduction(build, config, options.budget) for config in configs]
+            row = f"bottleneck, {form}: smallest reduction_factor"
+            print(f"{row:<{width}}        " + "  ".join(f"{factor or 'over':>9}" for factor in factors))
         print()
 
 

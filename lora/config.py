@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.adapter import Adapter
+from lora.bottleneck import BottleneckAdapter, sublayer_ends
 from lora.dora import DoRALinear
 from lora.errors import LoRAError
 from lora.ia3 import IA3Linear
@@ -21,6 +22,7 @@ from lora.targets import (
     check_names,
     expressions,
     fully_trained_modules,
+    layer_index,
     matches,
     pattern_value,
     targeted_layers,
@@ -49,6 +51,8 @@ class MethodConfig:
     """What peft puts before the name of each parameter."""
     peft_layer: ClassVar[str] = "base_layer"
     """What peft puts between the name of a target and those of its own parameters."""
+    adapterhub: ClassVar[bool] = False
+    """Whether the files are those of AdapterHub's library, as peft lacks the method."""
 
     modules_to_save: tuple[str, ...] = ("classifier",)
     """Modules trained fully and saved with the adapter; the head, unless told otherwise."""
@@ -355,6 +359,51 @@ class VeRAConfig(LinearMethodConfig):
             raise LoRAError(f"vera: bias is {self.bias!r}; choose none, vera_only or all")
 
 
+@dataclass(frozen=True)
+class BottleneckConfig(MethodConfig):
+    """Settings of bottleneck adapters, with the meanings of AdapterHub's `SeqBnConfig` and `DoubleSeqBnConfig`.
+
+    Raises LoRAError for an unknown form, or a reduction factor below 1.
+    """
+
+    table: ClassVar[str] = "bottleneck"
+    peft_type: ClassVar[str] = "BOTTLENECK"
+    in_peft: ClassVar[bool] = False
+    adapterhub: ClassVar[bool] = True
+
+    form: Literal["pfeiffer", "houlsby"] = "pfeiffer"
+    """pfeiffer: after the feed-forward network [SeqBnConfig]; houlsby: after attention too [DoubleSeqBnConfig]."""
+    reduction_factor: float = 16
+    """Width of the layer divided by that of the bottleneck, which is rounded down, but is 1 at least."""
+    leave_out: tuple[int, ...] = ()
+    """Numbers of the encoder layers without a bottleneck."""
+
+    def targets(self, model: nn.Module) -> dict[str, Any]:
+        """The modules that close the sublayers of the chosen form."""
+        ends = sublayer_ends(model, attention=self.form == "houlsby")
+        return {name: module for name, module in ends.items() if layer_index(name) not in self.leave_out}
+
+    def wrap(self, base: Any, name: str) -> Adapter:
+        """The adapter of the module `base`."""
+        (hidden,) = base.LayerNorm.normalized_shape
+        return BottleneckAdapter(base, max(1, int(hidden // self.reduction_factor)), pfeiffer=self.form == "pfeiffer")
+
+    def check(self, model: nn.Module) -> None:
+        """Raise LoRAError for a layer that `model` does not have, or if none is left."""
+        super().check(model)
+        numbers = {layer_index(name) for name in sublayer_ends(model)}
+        if absent := sorted(set(self.leave_out) - numbers):
+            raise LoRAError(f"bottleneck: leave_out: the model has no layer {', '.join(map(str, absent))}")
+        if not self.targets(model):
+            raise LoRAError("bottleneck: no sublayer is adapted: each ends in a module of dense, dropout and LayerNorm")
+
+    def __post_init__(self) -> None:
+        if self.form not in ("pfeiffer", "houlsby"):
+            raise LoRAError(f"bottleneck: form is {self.form!r}; choose pfeiffer or houlsby")
+        if not 1 <= self.reduction_factor < float("inf"):
+            raise LoRAError(f"bottleneck: reduction_factor is {self.reduction_factor!r}; it must be 1 or more")
+
+
 METHODS: dict[str, type[MethodConfig]] = {
     config.table: config
     for config in (
@@ -364,6 +413,7 @@ METHODS: dict[str, type[MethodConfig]] = {
         BitFitConfig,
         LayerNormConfig,
         FullConfig,
+        BottleneckConfig,
     )
 }
 """Every method by the name of its table."""

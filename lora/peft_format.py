@@ -19,6 +19,7 @@ import json
 import os
 import warnings
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from lora import adapterhub_format
 from lora.adapter import Adapter, adapters
 from lora.config import METHODS, LinearMethodConfig, MethodConfig
 from lora.errors import LoRAError
@@ -87,11 +89,14 @@ def save_adapter(
                 fields[theirs] = dict(value) if isinstance(value, Mapping) else value
         if any(getattr(config, name) is not None for name in config.peft_lacks):
             fields["target_modules"] = [*config.targets(model)]
-        with atomic_write(folder / WEIGHTS_NAME) as part:
-            part.write_bytes(save(tensors, metadata={"format": "pt"}))
-        # Sorted by name, but not within the patterns: the first that matches counts, so their order matters.
-        with atomic_write(folder / CONFIG_NAME) as part:
-            part.write_text(json.dumps(dict(sorted(fields.items())), indent=2) + "\n", encoding="utf-8")
+        if config.adapterhub:
+            contents = adapterhub_format.file_contents(model, fields, tensors)
+        else:  # sorted by name, but not within the patterns: the first that matches counts, so their order matters
+            text = json.dumps(dict(sorted(fields.items())), indent=2) + "\n"
+            contents = {WEIGHTS_NAME: save(tensors, metadata={"format": "pt"}), CONFIG_NAME: text.encode()}
+        for name, content in contents.items():
+            with atomic_write(folder / name) as part:
+                part.write_bytes(content)
 
 
 def adapter_folders(directory: str | Path) -> list[Path]:
@@ -130,7 +135,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> tuple[MethodConfig,
             kind = config.kind_name
             raise LoRAError(f"{folder / CONFIG_NAME}: target_modules matches no {kind}; it is of another model")
         planned |= wrapped
-        loaded.append(_read_weights(folder / WEIGHTS_NAME, model, config, wrapped))
+        loaded.append(_read_weights(folder, model, config, wrapped))
         for pattern in config.unmatched_patterns(wrapped):
             warnings.warn(f"{folder / CONFIG_NAME}: {pattern} matches no adapted layer", stacklevel=2)
     if hasattr(model, "adapter_configs"):
@@ -167,13 +172,14 @@ def _check_same(model: Any, configs: Collection[MethodConfig], planned: Mapping[
 
 
 def _read_weights(
-    path: Path, model: nn.Module, config: MethodConfig, planned: Mapping[str, Adapter]
+    folder: Path, model: nn.Module, config: MethodConfig, planned: Mapping[str, Adapter]
 ) -> dict[str, torch.Tensor]:
     """The tensors that `config` asks for, by their keys, checked before one is read. Raises LoRAError."""
     wanted: dict[str, torch.Tensor] = _saved(model, config, planned)
     targets = config.targets(model)
     optional = {_key(name, config, targets): value for name, value in own_parameters(model, adapters(model)).items()}
-    with open_weights(path) as file:
+    path = folder / (adapterhub_format.WEIGHTS_NAME if config.adapterhub else WEIGHTS_NAME)
+    with _open_weights(folder) as file:
         held = _plain_keys(file.keys(), wanted.keys() | optional.keys())
         biases = {key for key in wanted if key.endswith(".base_layer.bias")}
         if biases and not biases & held.keys():
@@ -261,16 +267,30 @@ def _fields(config: type[MethodConfig]) -> dict[str, str]:
     return {field.name: config.peft_names.get(field.name, field.name) for field in dataclasses.fields(config)}
 
 
+def _read_fields(folder: Path) -> dict[str, Any]:
+    """The fields of a folder's settings, as peft names them."""
+    if adapterhub_format.is_adapterhub(folder):
+        return adapterhub_format.read_fields(folder)
+    return read_json(folder / CONFIG_NAME)
+
+
+def _open_weights(folder: Path) -> AbstractContextManager[Any]:
+    """A folder's tensors, by keys as in peft's file."""
+    if adapterhub_format.is_adapterhub(folder):
+        return adapterhub_format.open_files(folder)
+    return open_weights(folder / WEIGHTS_NAME)
+
+
 def read_base_model(directory: str | Path) -> str | None:
     """Name or path of the base checkpoint that the adapter was trained on, if its settings tell.
 
     Raises LoRAError if they can't be read, or give what is not a name.
     """
-    path = adapter_folders(directory)[0] / CONFIG_NAME
-    raw = read_json(path)
+    folder = adapter_folders(directory)[0]
+    path, raw = folder / CONFIG_NAME, _read_fields(folder)
     name, revision = raw.get("base_model_name_or_path") or None, raw.get("revision") or "main"
     if name is not None and not isinstance(name, str):
-        raise LoRAError(f"{path}: base_model_name_or_path is {name!r}; it must be a name")
+        raise LoRAError(f"{path}: the base model's name is {name!r}; it must be a name")
     # Path.is_dir raises an error if the name is too long for a path
     if revision != "main" and name is not None and not os.path.isdir(name):  # noqa: PTH112
         raise LoRAError(f"{path}: was trained on revision {revision!r} of {name}; fetch that, and name it with --base")
@@ -286,8 +306,9 @@ def read_adapter_config(directory: str | Path, model: nn.Module | None = None) -
     the file and the field.
     """
     path = Path(directory) / CONFIG_NAME
-    raw = read_json(path)
-    kinds = {config.peft_type: config for config in METHODS.values()}
+    raw = _read_fields(Path(directory))
+    adapterhub = adapterhub_format.is_adapterhub(Path(directory))
+    kinds = {config.peft_type: config for config in METHODS.values() if config.adapterhub == adapterhub}
     kind = kinds.get(str(raw.get("peft_type")))
     if kind is None:
         raise LoRAError(f"{path}: peft_type is {raw.get('peft_type')!r}; only {', '.join(kinds)} can be loaded")
@@ -328,7 +349,7 @@ def adapter_shapes(directory: str | Path) -> dict[str, list[int]]:
     """
     shapes: dict[str, list[int]] = {}
     for folder in adapter_folders(directory):
-        with open_weights(folder / WEIGHTS_NAME) as file:
+        with _open_weights(folder) as file:
             keys = _plain_keys(file.keys(), ())
             shapes |= {plain.removeprefix(_PREFIX): file.get_slice(key).get_shape() for plain, key in keys.items()}
     return shapes

@@ -25,6 +25,7 @@ from data.sources import DataConfig
 from lora.config import (
     METHODS,
     BitFitConfig,
+    BottleneckConfig,
     FullConfig,
     IA3Config,
     LayerNormConfig,
@@ -137,6 +138,7 @@ class RunConfig:
     bitfit: BitFitConfig | None = None
     layer_norm: LayerNormConfig | None = None
     full: FullConfig | None = None
+    bottleneck: BottleneckConfig | None = None
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 

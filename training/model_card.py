@@ -48,6 +48,7 @@ def write_model_card(folder: RunFolder) -> None:
         model_type=report["origins"]["model_type"],
         several=len(methods) > 1,
         in_peft=all(METHODS[table].in_peft for table in tables),
+        adapterhub=any(METHODS[table].adapterhub for table in tables),
         labels=report["label_names"],
         multi_label=multi_label,
         facts=facts,

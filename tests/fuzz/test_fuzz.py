@@ -8,6 +8,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import time
 import warnings
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from data.errors import DataError
 from data.sources import DataConfig, load_source, read_unlabelled
-from lora.config import LoRAConfig, LoRAError
+from lora.config import BottleneckConfig, LoRAConfig, LoRAError
 from lora.inject import inject_lora
 from lora.peft_format import adapter_shapes, load_adapter, read_base_model, save_adapter
 from roberta.config import CheckpointError, RobertaConfig
@@ -157,6 +158,14 @@ def test_adapter_weights(folder):
 def test_adapter_config(folder):
     path = folder / "adapter" / "adapter_config.json"
     fuzz(path, lambda: read_adapter(folder, None), LoRAError, mutate_json, mutate_bytes)
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "head_config.json", "model_head.safetensors"])
+def test_bottleneck(folder, file):
+    shutil.rmtree(folder / "adapter")
+    save_adapter(inject_lora(RobertaForSequenceClassification(SMALL), BottleneckConfig()), folder / "adapter")
+    mutate = mutate_json if file.endswith(".json") else mutate_safetensors
+    fuzz(folder / "adapter" / file, lambda: read_adapter(folder, None), LoRAError, mutate, mutate_bytes)
 
 
 def test_run_settings(tmp_path):

@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers
 
-from lora.budget import HEADS, count_on_meta, largest_rank, main
-from lora.config import LoRAConfig, LoRAError
+from lora.budget import HEADS, count_on_meta, largest_rank, main, smallest_reduction
+from lora.config import BottleneckConfig, LoRAConfig, LoRAError
 from roberta.config import PUBLISHED
 from roberta.model import RobertaForSequenceClassification
 
@@ -51,6 +51,31 @@ def test_the_largest_rank_fits_and_the_next_does_not(size, head, targets):
     assert (rank == 0 or trained[0] <= budget) and trained[1] > budget
 
 
+@pytest.mark.parametrize("form", ["pfeiffer", "houlsby"])
+def test_the_smallest_reduction_factor_fits_and_a_smaller_one_does_not(form):
+    sizes = {"hidden_size": 50, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 4}
+    small = dataclasses.replace(PUBLISHED["roberta-base"], **sizes, vocab_size=9, max_position_embeddings=9)
+
+    def count(factor):
+        return count_on_meta(build, dataclasses.replace(config, reduction_factor=factor)).trainable
+
+    build, config = lambda: RobertaForSequenceClassification(small), BottleneckConfig(form=form)
+    for budget in (count(50), count(7), count(7) - 1, count(2) + 30, count(1) - 1):
+        factor = smallest_reduction(build, config, budget)
+        assert count(factor) <= budget < count(factor - 1)
+    assert smallest_reduction(build, config, count(1)) == 1
+    assert smallest_reduction(build, config, count(50) - 1) == 0
+
+
+def test_bottlenecks_of_the_reference():
+    def count(**settings):
+        return count_on_meta(builder("roberta-base"), BottleneckConfig(**settings)).trainable - 593_668  # the head
+
+    assert count(reduction_factor=48) == 12 * (2 * 768 * 16 + 16 + 768) == 304_320
+    assert count(form="houlsby", reduction_factor=70) == 24 * (2 * 768 * 10 + 10 + 768)
+    assert count(leave_out=(0, 5)) * 12 == count() * 10
+
+
 def test_a_rank_that_only_patterns_decide_has_no_largest():
     config = LoRAConfig(rank_pattern={"query|key|value": 3})
     assert largest_rank(builder("roberta-base"), config, 10_000_000) == 0
@@ -70,6 +95,8 @@ def test_command_prints_the_reference_figures(capsys):
     assert "roberta-base" in out and "roberta-large" in out and "over" in out
     rows = [line.split() for line in out.splitlines() if line.startswith("query, key, value  ")]
     assert [row[-3:] for row in rows] == [["7", "18", "18"], ["over", "6", "6"]]
+    rows = [line.split() for line in out.splitlines() if line.startswith("bottleneck, pfeiffer")]
+    assert [row[-3:] for row in rows] == [["35", "15", "15"], ["over", "52", "52"]]
 
 
 def test_command_counts_all_linear_layers_without_some(capsys):

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from lora.config import LoRAConfig
+from lora.config import BottleneckConfig, LoRAConfig
 from roberta.config import RobertaConfig
 from training.budget import check_budget, trainable_parameters
 from training.errors import ConfigError
@@ -26,6 +26,14 @@ def test_over_budget_names_the_largest_rank_that_fits():
         check_budget(BASE, [LoRAConfig(rank=8)], 1_000_000)
     assert "\n" not in str(error.value)
     check_budget(BASE, [LoRAConfig(rank=7)], 1_000_000)
+
+
+def test_over_budget_names_the_smallest_reduction_factor_that_fits():
+    with pytest.raises(ConfigError, match="488,196 over .* the smallest reduction_factor that fits is 35$"):
+        check_budget(BASE, [BottleneckConfig()], 1_000_000)
+    check_budget(BASE, [BottleneckConfig(reduction_factor=35)], 1_000_000)
+    with pytest.raises(ConfigError, match="no reduction_factor fits"):
+        check_budget(BASE, [BottleneckConfig()], 600_000)
 
 
 def test_no_rank_fits_beside_the_large_head():

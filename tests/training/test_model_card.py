@@ -71,6 +71,12 @@ def test_cards_of_other_runs(run_folder):
     bert = card(origins=report["origins"] | {"model_type": "bert"})  # merged before transformers opens it
     assert "--export merged/" in bert and "PeftModel" not in bert
     assert "cleans a text" not in bert
+    changed = report["config"] | {"lora": None, "bottleneck": {"form": "pfeiffer", "reduction_factor": 16.0}}
+    hub = card(config=changed)
+    assert "use_safetensors=True" in hub and "PeftModel" not in hub and "--export" not in hub
+    assert "library_name: adapter-transformers" in hub
+    both = card(config=changed | {"lora": report["config"]["lora"]})
+    assert "No other library has these methods" in both and "use_safetensors" not in both and "--export" not in both
 
     bitfit = card(config=report["config"] | {"lora": None, "bitfit": {"modules_to_save": ["classifier"]}})
     assert "peft does not have this method. First merge" in bitfit and "peft\n" not in bitfit and "with |" not in bitfit
