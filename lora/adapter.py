@@ -7,7 +7,7 @@ model for what they need and know no method by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +30,8 @@ class Adapter(nn.Module):
     """Maps the name of each of the adapter's parameters to the suffix of its key in peft's file."""
     config: Any = None
     """The settings that it was made by; set by `lora.inject`."""
+    kept: Tensor
+    """Only in a method that prunes: (r,) bool, which parts of the update are left."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -54,6 +56,15 @@ class Adapter(nn.Module):
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """The method's parameters by name: all but those of `base`."""
         return {name: value for name, value in self.named_parameters() if not name.startswith("base.")}
+
+    def in_file(self) -> dict[str, Tensor]:
+        """What peft's file holds of it, by the names in `peft_keys`."""
+        return {**self.own_parameters()}
+
+    def load(self, tensors: Mapping[str, Tensor], planned: Adapter) -> None:
+        """Copy what a file holds of `planned`, an adapter with the file's settings and without values."""
+        for name, parameter in self.own_parameters().items():
+            parameter.copy_(tensors[name])
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of the layer."""

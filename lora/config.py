@@ -90,6 +90,10 @@ class MethodConfig:
         """Key in peft's file -> tensor, for what the adapters share and do not train."""
         return {}
 
+    def in_file(self, wrapped: Mapping[str, Adapter]) -> MethodConfig:
+        """These settings for a file, with what training has changed in the adapters `wrapped`."""
+        return self
+
     def parameter_key(self, name: str, key: str) -> str:
         """Key in peft's file of an adapter's parameter: `name` is that of the wrapped module, `key` of `peft_keys`."""
         return f"{self.key_prefix}{name}.{key}"

@@ -40,10 +40,11 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
-# Fields of peft's file that say nothing about the function computed: where it came from, or how to initialise it.
+# Fields of peft's file that say nothing about the function computed: where it came from, or how to initialise it (r is
+# in AdaLoRA's file too, and not used).
 _WITHOUT_EFFECT = set(
     "auto_mapping base_model_name_or_path corda_config eva_config inference_mode init_lora_weights loftq_config "
-    "lora_ga_config megatron_core peft_type peft_version revision runtime_config task_type qalora_group_size".split()
+    "lora_ga_config megatron_core peft_type peft_version r revision runtime_config task_type qalora_group_size".split()
 )
 # Values of init_lora_weights after which peft's base weights have the same bits as before. Others (PiSSA, OLoRA, CorDA,
 # LoftQ, LoRA-GA) change them, so the update alone is not the model.
@@ -79,8 +80,8 @@ def save_adapter(
         folder = Path(directory) / config.table if len(configs) > 1 else Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         partly = tuple(name for name in config.modules_to_save if not matches(also, name.split(".")[0]))
-        config = dataclasses.replace(config, modules_to_save=(*partly, *also))
         own = _adapters_of(config, adapters(model))
+        config = dataclasses.replace(config.in_file(own), modules_to_save=(*partly, *also))
         tensors = {key: value.detach().cpu().contiguous() for key, value in _saved(model, config, own).items()}
         fields: dict[str, Any] = about | {"peft_type": config.peft_type} | config.peft_constants
         for ours, theirs in _fields(type(config)).items():
@@ -143,7 +144,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> tuple[MethodConfig,
     else:
         wrap_targets(model, *configs.values())
     for config, tensors in zip(configs.values(), loaded, strict=True):
-        _copy(tensors, model, config)
+        _copy(tensors, model, config, planned)
     for name, adapter in adapters(model).items():
         if adapter.can_merge and not bool(adapter.merged()[0].isfinite().all()):
             raise LoRAError(f"{directory}: the update of {name} is not finite; use another adapter")
@@ -209,10 +210,16 @@ def _read_weights(
 
 
 @torch.no_grad()
-def _copy(loaded: dict[str, torch.Tensor], model: nn.Module, config: MethodConfig) -> None:
+def _copy(
+    loaded: dict[str, torch.Tensor], model: nn.Module, config: MethodConfig, planned: Mapping[str, Adapter]
+) -> None:
     """Copy tensors of a file into the model's parameters."""
     wrapped, targets = adapters(model), config.targets(model)
-    tensors = _saved(model, config, _adapters_of(config, wrapped))
+    own = _adapters_of(config, wrapped)
+    for name, adapter in own.items():
+        keys = {one: config.parameter_key(name, adapter.peft_keys[one]) for one in adapter.own_parameters()}
+        adapter.load({one: loaded.pop(key) for one, key in keys.items()}, planned[name])
+    tensors = _saved(model, config, own)
     for name, parameter in own_parameters(model, wrapped).items():
         tensors.setdefault(_key(name, config, targets), parameter)
     for key, tensor in loaded.items():
@@ -252,7 +259,7 @@ def _saved(model: nn.Module, config: MethodConfig, wrapped: Mapping[str, Adapter
         | {
             config.parameter_key(name, adapter.peft_keys[own]): parameter
             for name, adapter in wrapped.items()
-            for own, parameter in adapter.own_parameters().items()
+            for own, parameter in adapter.in_file().items()
         }
     )
 

@@ -203,4 +203,5 @@ def outcome(folder: Path) -> tuple[dict, list[dict], bytes]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         line.pop("tokens_per_second", None)
-    return report, lines, (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    adapters = sorted((folder / "adapter").rglob("adapter_model.safetensors"))
+    return report, lines, b"".join(path.read_bytes() for path in adapters)

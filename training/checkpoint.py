@@ -1,7 +1,7 @@
 """Checkpoints of a run: everything the remaining steps depend on, so that an interrupted run resumes bit for bit.
 
 checkpoint/step-00000120/
-    tensors.safetensors   trainable parameters, optimizer moments, states of torch's random generators
+    tensors.safetensors   trainable parameters, the adapters' buffers, optimizer moments, states of torch's generators
     state.json            counters, schedule, scaler, best score, states of Python's and numpy's generators
     sha256.json           hashes of the two, written last
 
@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data.assets import sha256_of
+from lora.adapter import Adapter
 from lora.files import flush
 from training.errors import ConfigError
 from training.scoring import Scores
@@ -77,8 +78,8 @@ def save(
     keep: int,
 ) -> Path:
     """Write a checkpoint and remove all but the newest `keep`. Raises OSError if it can't be written."""
-    tensors = {f"parameter/{name}": value.detach() for name, value in _trainable(model)}
-    for name, value in _trainable(model):
+    tensors = {f"parameter/{name}": value.detach() for name, value in _trained(model)}
+    for name, value in _trained(model):
         for key, moment in optimizer.state.get(value, {}).items():
             tensors[f"optimizer/{key}/{name}"] = moment
     tensors["random/torch"] = torch.get_rng_state()
@@ -160,16 +161,18 @@ def restore(
     """
     try:
         with torch.no_grad():
-            for name, value in _trainable(model):
+            for name, value in _trained(model):
                 saved = tensors[f"parameter/{name}"]
                 if saved.shape != value.shape:  # `copy_` would broadcast
                     raise ValueError(f"{name} is {list(saved.shape)}, not {list(value.shape)}")
                 value.copy_(saved)
-                optimizer.state[value] = {
+                moments = {
                     key.split("/", 2)[1]: tensor.to(value.device)
                     for key, tensor in tensors.items()
                     if key.startswith("optimizer/") and key.split("/", 2)[2] == name
                 }
+                if moments:
+                    optimizer.state[value] = moments
         schedule.load_state_dict({**schedule.state_dict(), **state["schedule"]})
         for group, rate in zip(optimizer.param_groups, state["learning_rates"], strict=True):
             group["lr"] = rate
@@ -205,8 +208,13 @@ def check_fingerprints(found: dict[str, str], wanted: dict[str, str]) -> None:
         )
 
 
-def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+def _trained(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """What training changes: trainable parameters and the adapters' own buffers."""
+    found = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+    for name, module in model.named_modules():
+        if isinstance(module, Adapter):
+            found += [(f"{name}.{own}", value) for own, value in module.named_buffers(recurse=False)]
+    return found
 
 
 def _newest_first(folder: Path) -> list[Path]:
