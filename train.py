@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cpu import speed_up
 from data.batching import Batch, evaluation_batches
+from lora.adalora import allocate_ranks, orthogonality_penalty
 from lora.inject import inject_lora
 from lora.peft_format import load_adapter, save_adapter
 from roberta.weights import load_checkpoint
@@ -48,9 +49,9 @@ def train_step(
 
         loss = sum over all texts of w L(logits, labels) / sum over all texts of w
 
-    L is the text's loss (`text_losses`), w its weight: 1, or that of its class (train.class_weights). Returns that loss
-    in nats, a scalar still on the device: reading it is the caller's decision, as it makes a GPU wait. With fp16 a step
-    whose gradients overflow changes nothing but the loss scale (Micikevicius et al. 2018).
+    L is the text's loss (`text_losses`), w its weight: 1, or that of its class (train.class_weights); AdaLoRA adds its
+    penalty. Returns that loss in nats, a scalar still on the device: reading it is the caller's decision, as it makes a
+    GPU wait. With fp16 a step whose gradients overflow changes nothing but the loss scale (Micikevicius et al. 2018).
     `max_grad_norm` = 0 leaves the gradients as they are.
     Of several processes each holds some of the texts, and all make the same step.
     """
@@ -65,6 +66,7 @@ def train_step(
             losses = text_losses(logits, labels)  # (batch,)
             # Divided by the weights of all batches: each text counts as in one large batch, also in a shorter last one.
             loss = (batch.weights.to(losses, non_blocking=True) * losses).sum() / total_weight
+        loss = loss + orthogonality_penalty(model, batch.weights.sum().item() / total_weight)  # AdaLoRA alone
         scaler.scale(loss).backward()  # adds to .grad
         step_loss = step_loss + loss.detach()
 
@@ -75,9 +77,10 @@ def train_step(
     scale = scaler.get_scale()
     scaler.step(optimizer)  # skips the step if a gradient is inf or nan
     scaler.update()  # ... and then halves the scale
-    optimizer.zero_grad(set_to_none=True)
     if scaler.get_scale() >= scale:
+        allocate_ranks(model, schedule.last_epoch)  # AdaLoRA alone
         schedule.step()  # a skipped step does not advance the schedule
+    optimizer.zero_grad(set_to_none=True)
     return step_loss
 
 
@@ -198,7 +201,9 @@ def train(config: RunConfig, world: World = ALONE) -> int:
     inputs = load_inputs(config, world)  # text, checkpoint, tokenizer, token ids
 
     model = load_checkpoint(inputs.checkpoint.directory, inputs.model_config, new_head=inputs.new_head)
-    inject_lora(model, *config.methods)  # freezes all but the adapters, the biases asked for, and the head
+    total_steps = settings.epochs * inputs.steps_per_epoch
+    methods = [method.for_run(total_steps) for method in config.methods]  # AdaLoRA's schedule has the run's length
+    inject_lora(model, *methods)  # freezes all but the adapters, the biases asked for, and the head
     compute.cast_frozen(model.roberta)  # 16-bit runs: frozen weights rounded once, not in every step
     model.to(compute.device)
     if compute.device.type == "cpu":
@@ -207,7 +212,6 @@ def train(config: RunConfig, world: World = ALONE) -> int:
 
     rates = settings.learning_rate, settings.weight_decay, settings.decay_bias_and_norm, settings.lora_plus_ratio
     optimizer = make_optimizer(model, *rates)
-    total_steps = settings.epochs * inputs.steps_per_epoch
     schedule = make_schedule(optimizer, total_steps, round(settings.warmup_fraction * total_steps))
     scaler = compute.grad_scaler()
     state = recorder.start(inputs, compute, model, optimizer, schedule, scaler)  # new, or as a checkpoint holds it

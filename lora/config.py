@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from lora.adalora import AdaLoRALinear
 from lora.adapter import Adapter
 from lora.bottleneck import BottleneckAdapter, sublayer_ends
 from lora.dora import DoRALinear
@@ -89,6 +91,10 @@ class MethodConfig:
     def shared(self, wrapped: Mapping[str, Adapter]) -> dict[str, Tensor]:
         """Key in peft's file -> tensor, for what the adapters share and do not train."""
         return {}
+
+    def for_run(self, total_steps: int) -> MethodConfig:
+        """These settings for a run of `total_steps` optimizer steps. Raises LoRAError for what does not fit it."""
+        return self
 
     def in_file(self, wrapped: Mapping[str, Adapter]) -> MethodConfig:
         """These settings for a file, with what training has changed in the adapters `wrapped`."""
@@ -216,6 +222,96 @@ class LoRAConfig(LinearMethodConfig):
             raise LoRAError(f"lora: dropout is {self.dropout!r}; it is a probability in [0, 1)")
         if self.bias not in ("none", "lora_only", "all"):
             raise LoRAError(f"lora: bias is {self.bias!r}; choose none, lora_only or all")
+
+
+@dataclass(frozen=True)
+class AdaLoRAConfig(LinearMethodConfig):
+    """Settings of AdaLoRA, as peft's `AdaLoraConfig`. Raises LoRAError for a number outside its range."""
+
+    table: ClassVar[str] = "adalora"
+    peft_type: ClassVar[str] = "ADALORA"
+    peft_names: ClassVar[dict[str, str]] = {"alpha": "lora_alpha", "dropout": "lora_dropout", "kept": "rank_pattern"}
+    peft_constants: ClassVar[dict[str, Any]] = {"init_lora_weights": True, "fan_in_fan_out": False, "bias": "none"}
+
+    init_r: int = 12
+    """Rank of every update at first."""
+    target_r: int = 8
+    """Average rank of the updates in the end."""
+    alpha: float = 16.0
+    """Numerator of the scale alpha / init_r [lora_alpha]."""
+    dropout: float = 0.0
+    """Probability of zeroing an input of the update, during training [lora_dropout]."""
+    tinit: int = 0
+    """Optimizer steps before the first pruning."""
+    tfinal: int = 0
+    """Last optimizer steps, in which the ranks are fixed."""
+    deltaT: int = 1
+    """Optimizer steps from one pruning to the next."""
+    beta1: float = 0.85
+    """Share of the old value in the running mean of the sensitivity."""
+    beta2: float = 0.85
+    """Share of the old value in the running mean of the uncertainty."""
+    orth_reg_weight: float = 0.5
+    """Weight of the orthogonality penalty in the loss."""
+    total_step: int | None = None
+    """Optimizer steps by which tfinal is counted; those of the run unless set."""
+    kept: Mapping[str, tuple[bool, ...]] | None = None
+    """In files of trained adapters: the triplets of each layer that are not pruned [rank_pattern]."""
+
+    def wrap(self, base: nn.Linear, name: str) -> Adapter:
+        """The adapter of the layer `base`. Raises LoRAError for a rank that a matrix of its shape can't have."""
+        kept = (self.kept or {}).get(f"{name}.lora_E", ())
+        if len(kept) not in (0, self.init_r):
+            raise LoRAError(f"adalora: rank_pattern of {name} has {len(kept)} entries, but init_r is {self.init_r}")
+        if self.init_r > (most := min(base.in_features, base.out_features)):
+            raise LoRAError(f"adalora: init_r is {self.init_r}, but {name} has {most} singular values; lower it")
+        return AdaLoRALinear(base, self.init_r, self.alpha, self.dropout, kept)
+
+    def unmatched_patterns(self, names: Collection[str]) -> list[str]:
+        """The layers in `kept` that are none of `names`, as texts for a message."""
+        return [f"rank_pattern {key!r}" for key in self.kept or () if key.removesuffix(".lora_E") not in names]
+
+    def for_run(self, total_steps: int) -> MethodConfig:
+        """With the number of steps, unless it is set."""
+        if self.kept is not None:
+            raise LoRAError("adalora: kept is given, but it is for files of trained adapters; remove it")
+        if self.target_r > self.init_r:
+            raise LoRAError(f"adalora: target_r is {self.target_r}, but init_r is {self.init_r}; lower target_r")
+        return dataclasses.replace(self, total_step=self.total_step or total_steps)
+
+    def in_file(self, wrapped: Mapping[str, Adapter]) -> MethodConfig:
+        """With the triplets that are left, if any is pruned. Raises LoRAError without total_step: peft needs it."""
+        self.final_step()
+        kept = {f"{name}.lora_E": tuple(adapter.kept.tolist()) for name, adapter in wrapped.items()}
+        return dataclasses.replace(self, kept=None if all(map(all, kept.values())) else kept)
+
+    def final_step(self) -> int:
+        """The optimizer step, counted from 0, after which the ranks are fixed. Raises LoRAError without total_step."""
+        if self.total_step is None:
+            raise LoRAError("adalora: total_step is missing; set it to the number of optimizer steps")
+        return self.total_step - self.tfinal
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least = {"init_r": 1, "target_r": 1, "tinit": 0, "tfinal": 0, "deltaT": 1, "total_step": 1}
+        for name in least:
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least[name]):
+                raise LoRAError(f"adalora: {name} is {value!r}; it is an integer, {least[name]} or more")
+        if not 0 < self.alpha < float("inf"):
+            raise LoRAError(f"adalora: alpha is {self.alpha!r}; it must be above 0")
+        if not 0 <= self.orth_reg_weight < float("inf"):
+            raise LoRAError(f"adalora: orth_reg_weight is {self.orth_reg_weight!r}; it must be 0 or more")
+        for name in ("beta1", "beta2"):
+            if not 0 < getattr(self, name) < 1:
+                raise LoRAError(f"adalora: {name} is {getattr(self, name)!r}; it must be between 0 and 1")
+        if not 0 <= self.dropout < 1:
+            raise LoRAError(f"adalora: dropout is {self.dropout!r}; it is a probability in [0, 1)")
+        if self.total_step is not None and self.tinit >= self.final_step():
+            raise LoRAError(
+                f"adalora: tinit is {self.tinit} and tfinal {self.tfinal}: of {self.total_step} steps they leave none "
+                "in which to prune; lower them"
+            )
 
 
 @dataclass(frozen=True)
@@ -418,6 +514,7 @@ METHODS: dict[str, type[MethodConfig]] = {
         LayerNormConfig,
         FullConfig,
         BottleneckConfig,
+        AdaLoRAConfig,
     )
 }
 """Every method by the name of its table."""

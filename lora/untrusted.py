@@ -118,6 +118,11 @@ def check_settings(path: Path, raw: dict[str, Any], kind: type[MethodConfig]) ->
     def numbers_by_name(value: object) -> bool:
         return isinstance(value, dict) and all(map(number, value.values()))
 
+    def flags_by_name(value: object) -> bool:
+        return isinstance(value, dict) and all(
+            isinstance(flags, list) and all(isinstance(flag, bool) for flag in flags) for flags in value.values()
+        )
+
     def layers(value: object) -> bool:
         numbers = value if isinstance(value, list) else [value]
         return all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in numbers)
@@ -131,6 +136,7 @@ def check_settings(path: Path, raw: dict[str, Any], kind: type[MethodConfig]) ->
         "tuple[int, ...]": (layers, "a list of layer numbers"),
         "Mapping[str, int]": (numbers_by_name, "numbers by name"),
         "Mapping[str, float]": (numbers_by_name, "numbers by name"),
+        "Mapping[str, tuple[bool, ...]]": (flags_by_name, "lists of true and false by name"),
     }
     for field in dataclasses.fields(kind):
         name = kind.peft_names.get(field.name, field.name)

@@ -127,8 +127,8 @@ def tiny_config(tiny_checkpoint, tiny_data) -> Path:
     return write_tiny_config(tiny_checkpoint, tiny_data)
 
 
-def write_tiny_config(tiny_checkpoint: Path, tiny_data: Path) -> Path:
-    """Write the settings of `tiny_config` into the folder of the data."""
+def write_tiny_config(tiny_checkpoint: Path, tiny_data: Path, adalora: bool = False) -> Path:
+    """Write the settings of `tiny_config` into the folder of the data; with AdaLoRA beside LoRA, if asked for."""
     path = tiny_data / "tiny.toml"
     path.write_text(
         f"""
@@ -149,6 +149,16 @@ learning_rate = 2e-2
 warmup_fraction = 0.1
 log_every = 5
 seed = 1
+"""
+        + adalora
+        * """
+[adalora]
+init_r = 4
+target_r = 2
+tinit = 2
+tfinal = 2
+total_step = 14
+target_modules = ["output.dense"]
 """,
         encoding="utf-8",
     )

@@ -24,6 +24,7 @@ from data.cleaning import CleaningConfig
 from data.sources import DataConfig
 from lora.config import (
     METHODS,
+    AdaLoRAConfig,
     BitFitConfig,
     BottleneckConfig,
     FullConfig,
@@ -133,6 +134,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoRAConfig | None = field(default_factory=LoRAConfig)
     """Methods combine: each table of a TOML file turns one on. Without any, it is LoRA with its defaults."""
+    adalora: AdaLoRAConfig | None = None
     vera: VeRAConfig | None = None
     ia3: IA3Config | None = None
     bitfit: BitFitConfig | None = None

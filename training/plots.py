@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lora.targets import layer_index, within_layer
 from training.errors import ConfigError
 from training.run_folder import RunFolder, read_metrics
 
@@ -64,7 +65,7 @@ def read_curves(folder: RunFolder) -> Curves:
 
 
 def draw_plots(folder: RunFolder) -> None:
-    """Write plots/loss.png, learning_rate.png, scores.png and confusion.png, as far as the run has data."""
+    """Write plots/loss.png, learning_rate.png, scores.png, confusion.png and ranks.png, as far as the run has data."""
     folder.plots.mkdir(exist_ok=True)
     for name, (draw, size) in panels_of(read_curves(folder)).items():
         save_png(draw, folder.plots / f"{name}.png", size)
@@ -82,6 +83,9 @@ def panels_of(run: Curves) -> dict[str, tuple[Draw, tuple[float, float]]]:
     if report and report["test"] and report["test"]["confusion"]:  # multi-label has none
         side = min(12, max(4.2, 2.3 + 0.32 * len(report["label_names"])))  # bounded, as the memory is side^2
         panels["confusion"] = lambda axes: _confusion(axes, report), (side + 0.7, side)
+    if report and (ranks := report.get("ranks")):
+        grid = rank_grid(ranks)
+        panels["ranks"] = lambda axes: _ranks(axes, *grid), (2.6 + 0.32 * len(grid[1]), 1.6 + 0.32 * len(grid[0]))
     return panels
 
 
@@ -213,6 +217,28 @@ def _font_families(texts: Sequence[str]) -> list[str]:
             if missing and "Last" not in entry.name and (left := lacking(entry.fname, missing)) < missing:
                 families, missing = [*families, entry.name], left
     return families
+
+
+def rank_grid(ranks: dict[str, int]) -> tuple[list[str], list[str], np.ndarray]:
+    """Names of matrices, numbers of layers, and ranks as (matrices, layers); nan where a layer has no such matrix."""
+    places = {name: (within_layer(name), layer_index(name)) for name in ranks}
+    matrices = list(dict.fromkeys(matrix for matrix, _ in places.values()))
+    layers = sorted({layer for _, layer in places.values()}, key=lambda layer: (layer is None, layer))
+    grid = np.full((len(matrices), len(layers)), np.nan)
+    for name, (matrix, layer) in places.items():
+        grid[matrices.index(matrix), layers.index(layer)] = ranks[name]
+    return matrices, ["" if layer is None else str(layer) for layer in layers], grid
+
+
+def _ranks(axes: Axes, matrices: list[str], layers: list[str], grid: np.ndarray) -> None:
+    highest = np.nanmax(grid)
+    axes.imshow(grid, cmap="cividis", vmin=0, vmax=max(1, highest))
+    axes.set(xlabel="layer", title="Rank of each update")
+    axes.set_xticks(range(len(layers)), layers, fontsize=9)
+    axes.set_yticks(range(len(matrices)), matrices, fontsize=9)
+    for i, j in np.argwhere(~np.isnan(grid)):
+        colour = "black" if grid[i, j] > highest / 2 else "white"
+        axes.text(j, i, f"{grid[i, j]:.0f}", ha="center", va="center", color=colour, fontsize=8)
 
 
 def save_png(draw: Draw, path: Path, size: tuple[float, float]) -> None:

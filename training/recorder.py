@@ -217,7 +217,8 @@ class Recorder:
             labels, texts = inputs.splits["test"].labels, inputs.text.test.texts
             mistakes = confident_mistakes(logits, labels, texts, inputs.text.label_names)
         seconds = self._before[0] + time.perf_counter() - self._started
-        report = build_report(self.config, inputs, count, self._compute, state, test, seconds, test_seconds, mistakes)
+        model, times = self._trained[0], (seconds, test_seconds)
+        report = build_report(self.config, inputs, model, count, self._compute, state, test, *times, mistakes)
         folder.write_report(report)  # before the pages: a picture that fails takes no scores with it
         if test is None:
             epoch = report["epochs_run"]

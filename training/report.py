@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from lora.adapter import adapters
 from lora.inject import ParameterCount
 from training.checkpoint import TrainState
 from training.config import RunConfig
@@ -34,6 +36,7 @@ def peak_memory_bytes(compute: Compute) -> int:
 def build_report(
     config: RunConfig,
     inputs: Inputs,
+    model: nn.Module,
     count: ParameterCount,
     compute: Compute,
     state: TrainState,
@@ -54,6 +57,7 @@ def build_report(
         "trainable_parameters": count.trainable,
         "total_parameters": count.total,
         "parameters_by_part": {name: {"trainable": t, "total": a} for name, (t, a) in count.parts.items()},
+        "ranks": {name: int(one.kept.sum()) for name, one in adapters(model).items() if hasattr(one, "kept")},
         "epochs_run": state.epoch - (state.step_of_epoch == 0),
         "best_epoch": state.best_epoch,
         "steps": state.step,

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from lora.adapter import adapters
-from lora.config import IA3Config, LayerNormConfig, LoRAConfig, MethodConfig, VeRAConfig
+from lora.config import AdaLoRAConfig, IA3Config, LayerNormConfig, LoRAConfig, MethodConfig, VeRAConfig
 from lora.inject import count_parameters, inject_lora, merge_lora, own_parameters, unload_lora
 from lora.peft_format import load_adapter, save_adapter
 from tests.parity.oracle import assert_close, assert_same, our_copy, ragged_batch, reference_model
@@ -36,6 +36,11 @@ class Case:
 
 
 METHODS = {
+    "AdaLoRA": Case(
+        AdaLoRAConfig(init_r=4, alpha=8, dropout=0.3, total_step=30, target_modules=TARGETS),
+        peft.AdaLoraConfig,
+        {"init_r": 4, "lora_alpha": 8, "lora_dropout": 0.3, "total_step": 30, "target_modules": list(TARGETS)},
+    ),
     "DoRA": Case(
         LoRAConfig(rank=3, alpha=8, dropout=0.4, target_modules=TARGETS, use_dora=True, bias="lora_only"),
         peft.LoraConfig,
@@ -121,7 +126,7 @@ def pair(request, tmp_path):
     ours = inject_lora(our_copy(reference, tmp_path / "base"), case.ours)
     plain = copy.deepcopy(reference)
     config = case.theirs(task_type="SEQ_CLS", **copy.deepcopy(case.settings))
-    theirs = peft.get_peft_model(reference.double(), config).double()
+    theirs = peft.get_peft_model(reference, config).double()
     mine, wanted = our_keys(ours), their_keys(theirs)
     assert set(mine) == set(wanted), sorted(set(mine) ^ set(wanted))[:6]
     generator = torch.Generator().manual_seed(7)

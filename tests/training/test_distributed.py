@@ -30,6 +30,7 @@ from lora.config import LoRAConfig
 from lora.inject import count_parameters, inject_lora
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
+from tests.conftest import write_tiny_config
 from tests.forked import end_if_stuck, fail_if_stuck
 from training import distributed, recorder
 from training.command_line import EXIT_BAD_INPUT, EXIT_LOST, run_command
@@ -53,6 +54,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def tiny_config(tiny_checkpoint, tiny_data):
+    """With AdaLoRA, whose ranks must be the same in all processes."""
+    return write_tiny_config(tiny_checkpoint, tiny_data, adalora=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -163,13 +170,16 @@ def outcome(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         line.pop("tokens_per_second", None)
-    return report, lines, load_file(folder / "adapter" / "adapter_model.safetensors")
+    weights = {}
+    for path in sorted((folder / "adapter").rglob("adapter_model.safetensors")):
+        weights |= load_file(path)
+    return report, lines, weights
 
 
 def assert_same_run(found, expected):
     """Counts and decisions are equal, losses and weights to 1e-10, values from the float32 logits to 1e-6."""
     (report, lines, weights), (expected_report, expected_lines, expected_weights) = found, expected
-    for name in ("best_epoch", "epochs_run", "steps", "complete"):
+    for name in ("best_epoch", "epochs_run", "steps", "complete", "ranks"):
         assert report[name] == expected_report[name]
     for split in ("test", "validation"):
         assert report[split]["confusion"] == expected_report[split]["confusion"]
@@ -187,7 +197,7 @@ def assert_same_run(found, expected):
     assert weights.keys() == expected_weights.keys()
     for name, weight in weights.items():
         assert weight.dtype == torch.float64
-        assert (weight - expected_weights[name]).abs().max() <= 1e-10 * expected_weights[name].abs().max(), name
+        assert (weight - expected_weights[name]).norm() <= 1e-10 * expected_weights[name].norm(), name
 
 
 @pytest.fixture
@@ -221,6 +231,8 @@ def test_several_processes_equal_one(alone, tiny_config, tmp_path, size):
     assert codes == [0] * size, results
     assert_same_run(outcome(tmp_path / "several"), expected)
     check_partition(results, rows)
+    ranks = {key: len(tensor) for key, tensor in expected[2].items() if key.endswith("lora_E")}
+    assert {f"base_model.model.{name}.lora_E": rank for name, rank in expected[0]["ranks"].items()} == ranks
     trainable = expected[0]["trainable_parameters"]
     for seen, _, _ in results:
         # However many batches a step has: one message of its gradients and its loss (here of 8 bytes each).

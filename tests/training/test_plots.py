@@ -5,7 +5,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from training.plots import Curves, _font_families, draw_metric, panels_of, save_png, to_svg
+from training.plots import Curves, _font_families, draw_metric, panels_of, rank_grid, save_png, to_svg
 
 SCORES = ("accuracy", "precision", "recall", "f1")
 
@@ -81,3 +81,15 @@ def test_a_confusion_matrix_has_a_bounded_size_and_no_text_that_is_too_small(cla
     assert [len(axes.texts), len(axes.get_xticklabels()), len(axes.get_yticklabels())] == (
         [classes] * 3 if named else [0, 0, 0]
     )
+
+
+def test_ranks_are_drawn_by_matrix_and_layer_where_a_method_chose_them():
+    names = ("layer.0.attention.self.query", "layer.10.attention.self.query", "layer.2.output.dense")
+    ranks = {f"roberta.encoder.{name}": rank for name, rank in zip(names, (3, 0, 5), strict=True)}
+    matrices, layers, grid = rank_grid(ranks)
+    assert (matrices, layers) == (["attention.self.query", "output.dense"], ["0", "2", "10"])
+    np.testing.assert_array_equal(grid, [[3, np.nan, 0], [np.nan, 5, np.nan]])
+    draw, size = panels_of(Curves("a-run", [], [], {"test": None, "ranks": ranks}))["ranks"]
+    drawing = to_svg(draw, size, "ranks")
+    assert all(f">{text}<" in drawing for text in (*matrices, *layers, "5", "Rank of each update"))
+    assert "ranks" not in panels_of(Curves("a-run", [], [], {"test": None, "ranks": {}}))
