@@ -13,6 +13,7 @@ from lora.inject import (
 )
 from lora.linear import LoRALinear
 from lora.peft_format import load_adapter, save_adapter
+from lora.status import model_status
 
 __all__ = [
     "Adapter",
@@ -25,6 +26,7 @@ __all__ = [
     "inject_lora",
     "load_adapter",
     "merge_lora",
+    "model_status",
     "save_adapter",
     "unload_lora",
     "unmerge_lora",
