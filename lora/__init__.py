@@ -13,7 +13,9 @@ from lora.inject import (
 )
 from lora.linear import LoRALinear
 from lora.peft_format import load_adapter, save_adapter
+from lora.several import Several
 from lora.status import model_status
+from lora.weighted_sum import weighted_sum
 
 __all__ = [
     "Adapter",
@@ -21,6 +23,7 @@ __all__ = [
     "LoRAError",
     "LoRALinear",
     "ParameterCount",
+    "Several",
     "adapters",
     "count_parameters",
     "inject_lora",
@@ -30,4 +33,5 @@ __all__ = [
     "save_adapter",
     "unload_lora",
     "unmerge_lora",
+    "weighted_sum",
 ]

@@ -32,6 +32,8 @@ class Adapter(nn.Module):
     """The settings that it was made by; set by `lora.inject`."""
     kept: Tensor
     """Only in a method that prunes: (r,) bool, which parts of the update are left."""
+    shares_base = False
+    """Whether adapters of other models use the parameters of `base` too; set by `lora.several`."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -94,11 +96,14 @@ class Adapter(nn.Module):
         """Fold the update into the frozen layer: (W, b) <- merged(). The layer then costs exactly one matmul.
 
         Exact in real arithmetic; in floating point the outputs differ by rounding. W and b are kept, as subtracting the
-        update again would not restore their bits. Raises RuntimeError if the layer is merged already.
+        update again would not restore their bits. Raises RuntimeError if the layer is merged already, or in use by
+        other models.
         Source: Hu et al. 2021, section 4.1, "No Additional Inference Latency".
         """
         if self.is_merged:
             raise RuntimeError("this layer is merged already; a second merge would add the update twice")
+        if self.shares_base:
+            raise RuntimeError("other models use this layer too; load the adapter alone to merge it")
         weight, bias = self.merged()
         self._unmerged = self.base.weight.clone(), None if self.base.bias is None else self.base.bias.clone()
         self.base.weight.copy_(weight)

@@ -83,7 +83,8 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def merge_lora(model: nn.Module) -> None:
     """Merge every adapter into its frozen layer, in place.
 
-    Raises RuntimeError if one is merged already, LoRAError, before anything is changed, if one can't be merged.
+    Raises RuntimeError if one is merged already or shares its layer with other models (`lora.several`), LoRAError,
+    before anything is changed, if one can't be merged.
     """
     wrapped = adapters(model).values()
     for adapter in wrapped:
