@@ -5,6 +5,7 @@
     python evaluate.py runs/quickstart --predict unlabelled.csv --out submission.csv
     python evaluate.py runs/quickstart --speed
     python evaluate.py runs/quickstart --merged --export merged/
+    python evaluate.py --adapter runs/news --adapter runs/mails --text "Oil prices rise"
 
 The folder is a run of `train.py`, or an adapter that peft wrote.
 """
@@ -14,8 +15,9 @@ from __future__ import annotations
 import copy
 import csv
 import dataclasses
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,13 +27,14 @@ import tyro
 
 from cpu import speed_up
 from data.assets import TOKENIZER_FILES, fetch_checkpoint
-from data.batching import EncodedSplit, encode_split, evaluation_batches
+from data.batching import Batch, EncodedSplit, encode_split, evaluation_batches, joined
 from data.cleaning import make_cleaner
 from data.errors import DataError
 from data.sources import LabelledText, Split, listed, load_source, read_unlabelled
 from lora.files import atomic_write
 from lora.inject import merge_lora, unload_lora
 from lora.peft_format import adapter_folders, adapter_shapes, load_adapter, read_base_model
+from lora.several import Several, share_base
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
 from roberta.tokenizer import TextTokenizer
@@ -43,7 +46,7 @@ from training.errors import ConfigError
 from training.precision import Compute, choose_compute
 from training.progress import say
 from training.run_folder import RunFolder
-from training.scoring import class_names, predict, score
+from training.scoring import check_finite, class_names, predict, score
 from training.speed import measure_speed, speed_table
 
 _SEPARATOR = "|"  # between the labels of a text in --out
@@ -53,8 +56,10 @@ _SEPARATOR = "|"  # between the labels of a text in --out
 class Arguments:
     """Score the test split with a trained adapter, or classify texts, or export the merged model."""
 
-    run: tyro.conf.Positional[Path]
+    run: tyro.conf.Positional[Path | None] = None
     """A run folder, or an adapter folder that peft wrote."""
+    adapter: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """Instead: several such folders, each after an --adapter. All of them classify each text, over one base."""
     text: tuple[str, ...] | None = None
     """Texts to classify."""
     file: Path | None = None
@@ -111,11 +116,13 @@ def load_trained(arguments: Arguments) -> Trained:
     Raises ConfigError if the folder is neither a run nor an adapter, or if part of the head is missing; DataError,
     CheckpointError or LoRAError if checkpoint or adapter can't be read or don't fit each other.
     """
-    folder = RunFolder(arguments.run)
+    run = arguments.run
+    assert run is not None, "checked by check_arguments"
+    folder = RunFolder(run)
     is_run = folder.config.is_file()
-    if not is_run and not (adapter_folders(arguments.run)[0] / "adapter_config.json").is_file():
-        raise ConfigError(f"{arguments.run}: neither a run folder (config.toml) nor an adapter (adapter_config.json)")
-    adapter = folder.adapter if is_run else arguments.run
+    if not is_run and not (adapter_folders(run)[0] / "adapter_config.json").is_file():
+        raise ConfigError(f"{run}: neither a run folder (config.toml) nor an adapter (adapter_config.json)")
+    adapter = folder.adapter if is_run else run
     config_path = arguments.config or (folder.config if is_run else None)
     config = read_config(config_path) if config_path else RunConfig()
 
@@ -212,40 +219,88 @@ def read_texts(arguments: Arguments) -> list[str]:
     return list(texts.values())
 
 
-def classify(trained: Trained, texts: list[str]) -> torch.Tensor:
-    """Probabilities (texts, classes) of the texts, cleaned as in training: softmax, or sigmoids, of the logits."""
-    texts = [trained.clean(text) for text in texts]
-    split = encode_split(Split(texts, [0] * len(texts)), trained.tokenizer)
-    if split.truncated:
-        say(f"            {split.truncated:,} texts are longer than {split.max_length} tokens and are truncated")
-    logits = _logits(trained, split)
-    return torch.sigmoid(logits) if trained.model.config.multi_label else torch.softmax(logits, dim=1)
+def load_several(arguments: Arguments) -> dict[str, Trained]:
+    """What --adapter names, by folder, over one base in memory. Raises ConfigError or LoRAError if bases differ."""
+    loaded: dict[str, Trained] = {}
+    for folder in arguments.adapter:
+        trained = load_trained(dataclasses.replace(arguments, run=folder))
+        first = next(iter(loaded.values()), trained)
+        ours, theirs = trained.model.config, first.model.config
+        if dataclasses.replace(ours, label_names=theirs.label_names, problem_type=theirs.problem_type) != theirs:
+            raise ConfigError(f"{folder}: its base differs from that of {arguments.adapter[0]}; evaluate it alone")
+        if trained.compute != first.compute:
+            raise ConfigError(f"{folder}: trained in another precision than the first; choose one by --precision")
+        for other in loaded.values():  # now, so that no third copy of the base is loaded
+            share_base(trained.model, other.model, str(folder))
+        loaded[str(folder)] = trained
+    return loaded
+
+
+def classify(adapters: Sequence[Trained], texts: list[str]) -> list[torch.Tensor]:
+    """Probabilities (texts, classes) by each adapter: softmax, or sigmoids, of the logits.
+
+    Each adapter gets the texts cleaned and truncated as in its training.
+    """
+    splits = []
+    for trained in adapters:
+        split = encode_split(Split([trained.clean(text) for text in texts], [0] * len(texts)), trained.tokenizer)
+        if split.truncated:
+            say(f"            {split.truncated:,} texts are longer than {split.max_length} tokens and are truncated")
+        splits.append(split)
+    found = [_logits(adapters[0], splits[0])] if len(adapters) == 1 else _logits_of_several(adapters, splits)
+    return [
+        torch.sigmoid(logits) if trained.model.config.multi_label else torch.softmax(logits, dim=1)
+        for trained, logits in zip(adapters, found, strict=True)
+    ]
 
 
 def _logits(trained: Trained, split: EncodedSplit) -> torch.Tensor:
+    return predict(trained.model, _batches(trained, split), len(split.labels), trained.compute)
+
+
+def _batches(trained: Trained, split: EncodedSplit) -> Iterable[Batch]:
     batch_size, padding = trained.config.train.eval_batch_size, trained.config.data.padding
-    batches = evaluation_batches(split, batch_size, trained.tokenizer.pad_token_id, padding, trained.compute.device)
-    return predict(trained.model, batches, len(split.labels), trained.compute)
+    return evaluation_batches(split, batch_size, trained.tokenizer.pad_token_id, padding, trained.compute.device)
 
 
-def write_predictions(trained: Trained, arguments: Arguments) -> None:
-    """Classify the rows of --predict into --out, written atomically."""
+@torch.no_grad()
+def _logits_of_several(adapters: Sequence[Trained], splits: Sequence[EncodedSplit]) -> list[torch.Tensor]:
+    """Logits (texts, classes) by each adapter of its split of the same texts; batches mix the rows of all."""
+    several = Several({str(number): trained.model for number, trained in enumerate(adapters)})
+    names = [str(number) for number, split in enumerate(splits) for _ in split.labels]
+    first, rows = adapters[0], joined(splits)
+    logits = torch.full((len(names), max(len(trained.label_names) for trained in adapters)), -math.inf)
+    for batch in _batches(first, rows):
+        inputs = (batch.input_ids.to(first.compute.device), batch.attention_mask.to(first.compute.device))
+        with first.compute.autocast():
+            batch_logits = several([names[row] for row in batch.indices], *inputs)
+        logits[batch.indices, : batch_logits.shape[1]] = batch_logits.float().cpu()
+    found = zip(logits.chunk(len(adapters)), adapters, strict=True)
+    return [check_finite(padded[:, : len(trained.label_names)]) for padded, trained in found]
+
+
+def write_predictions(adapters: dict[str, Trained], arguments: Arguments) -> None:
+    """Classify the rows of --predict into --out, written atomically; of several adapters each has a column."""
     source, out = arguments.predict, arguments.out
     assert source is not None and out is not None, "checked by check_arguments"
-    columns = arguments.text_columns or trained.config.data.text_columns
-    ids, texts, notes = read_unlabelled(source, columns, arguments.id_column, arguments.encoding)
+    columns = {arguments.text_columns or one.config.data.text_columns for one in adapters.values()}
+    if len(columns) > 1:
+        raise ConfigError("the adapters were trained on columns of different names; choose them by --text-columns")
+    ids, texts, notes = read_unlabelled(source, columns.pop(), arguments.id_column, arguments.encoding)
     for note in notes:
         say(f"            {note}")
-    multi_label = trained.model.config.multi_label
-    names = [*map(str, range(len(trained.label_names)))] if arguments.indices else trained.label_names
-    if multi_label and any(_SEPARATOR in name for name in names):
-        raise ConfigError(f"a class name has {_SEPARATOR!r} in it, which separates the labels in --out; add --indices")
-    found = classify(trained, texts)
-    labels = class_names((found > 0.5 if multi_label else found.argmax(dim=1)).numpy(), names, _SEPARATOR)
+    for one in adapters.values():
+        if one.model.config.multi_label and not arguments.indices and any(_SEPARATOR in n for n in one.label_names):
+            raise ConfigError(f"a class name has {_SEPARATOR!r} in it, which separates labels in --out; add --indices")
+    labels = []
+    for one, found in zip(adapters.values(), classify([*adapters.values()], texts), strict=True):
+        names = [*map(str, range(len(one.label_names)))] if arguments.indices else one.label_names
+        chosen = found > 0.5 if one.model.config.multi_label else found.argmax(dim=1)
+        labels.append(class_names(chosen.numpy(), names, _SEPARATOR))
     with atomic_write(out) as part, part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("ID", "label"))
-        writer.writerows(zip(ids, labels, strict=True))
+        writer.writerow(("ID", *(adapters if arguments.adapter else ["label"])))
+        writer.writerows(zip(ids, *labels, strict=True))
     say(f"written     {out}: {len(ids):,} rows")
 
 
@@ -284,6 +339,10 @@ def _test_split(trained: Trained) -> Split:
 
 def check_arguments(arguments: Arguments) -> None:
     """Raise ConfigError for incompatible arguments and for outputs that can't be written, before any work."""
+    if (arguments.run is None) == (not arguments.adapter):
+        raise ConfigError("give either one folder, or several with --adapter FOLDER before each")
+    if len(set(arguments.adapter)) < len(arguments.adapter):
+        raise ConfigError("--adapter: a folder is given twice; give each once")
     questions = {
         "--text and --file": arguments.text is not None or arguments.file is not None,
         "--predict": arguments.predict is not None,
@@ -292,6 +351,10 @@ def check_arguments(arguments: Arguments) -> None:
     if sum(questions.values()) > 1:
         given = ", ".join(name for name, asked in questions.items() if asked)
         raise ConfigError(f"{given} ask for different things; give one of them")
+    if arguments.adapter and not (questions["--text and --file"] or questions["--predict"]):
+        raise ConfigError("--adapter needs --text, --file or --predict; scores and speed are those of one folder")
+    if arguments.adapter and (arguments.merged or arguments.export is not None):
+        raise ConfigError("--merged and --export are for one folder; several adapters can't be merged into one base")
     export = arguments.export
     if export is not None and export.exists() and not (export.is_dir() and not any(export.iterdir())):
         raise ConfigError(f"{export}: exists and is not an empty folder; export to a new one")
@@ -313,20 +376,25 @@ def evaluate(arguments: Arguments) -> int:
     """Run what the arguments ask for; returns the exit code."""
     check_arguments(arguments)
     texts = read_texts(arguments)
-    trained = load_trained(arguments)
+    adapters = load_several(arguments) if arguments.adapter else {"": load_trained(arguments)}
+    trained = next(iter(adapters.values()))
     if arguments.merged or arguments.export is not None:
         merge_lora(trained.model)
         say("merged      the adapters are folded into the weights")
 
     if texts:
-        shown = min(4, len(trained.label_names))
-        each = ", multi-label: one does not exclude another" if trained.model.config.multi_label else ""
-        say(f"            the {shown} most likely of {len(trained.label_names)} classes, with probabilities{each}")
-        for text, row in zip(texts, classify(trained, texts), strict=True):
-            order = row.argsort(descending=True)[:shown].tolist()
-            say("  ".join(f"{trained.label_names[i]} {row[i]:.3f}" for i in order) + f"   {text[:80]}")
+        for adapter, one in adapters.items():
+            count, whose = len(one.label_names), f" by {adapter}" if adapter else ""
+            each = ", multi-label: one does not exclude another" if one.model.config.multi_label else ""
+            say(f"            the {min(4, count)} most likely of {count} classes{whose}, with probabilities{each}")
+        width = max(map(len, adapters))
+        for text, *rows in zip(texts, *classify([*adapters.values()], texts), strict=True):
+            for (adapter, one), row in zip(adapters.items(), rows, strict=True):
+                order = row.argsort(descending=True)[:4].tolist()
+                answers = "  ".join(f"{one.label_names[i]} {row[i]:.3f}" for i in order)
+                say(f"{adapter:<{width}}{'  ' if adapter else ''}{answers}   {text[:80]}")
     elif arguments.predict is not None:
-        write_predictions(trained, arguments)
+        write_predictions(adapters, arguments)
     elif arguments.speed:
         report_speed(trained)
     elif arguments.export is None:

@@ -110,6 +110,17 @@ def encode_split(split: Split, tokenizer: Tokenizer, description: str = "tokeniz
     )
 
 
+def joined(splits: Sequence[EncodedSplit]) -> EncodedSplit:
+    """The texts of all `splits`, one split after the other."""
+    return EncodedSplit(
+        np.concatenate([split.input_ids for split in splits]),
+        np.cumsum([0, *itertools.chain.from_iterable(split.lengths for split in splits)], dtype=np.int64),
+        np.concatenate([split.labels for split in splits]),
+        max(split.max_length for split in splits),
+        sum(split.truncated for split in splits),
+    )
+
+
 def bucketed_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """Row numbers of each batch of an epoch: every row exactly once, rows of a batch of similar length.
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from evaluate import Arguments, evaluate
+from evaluate import Arguments, evaluate, load_several
 from lora.config import LoRAConfig
 from lora.inject import inject_lora
 from lora.peft_format import save_adapter
@@ -441,3 +441,84 @@ def test_speed_is_reported_for_both_forms_and_batch_sizes(command, finished):
         assert rate > 0 and 0 < median <= p95
     code, _, err = command(folder, "--speed", "--merged")
     assert code == EXIT_BAD_INPUT and "--speed measures both" in err
+
+
+@pytest.fixture
+def second(finished, tiny_config, tiny_data):
+    """A run over the same base with other classes: one more, and in another order."""
+    config = read_config(finished[0] / "config.toml")
+    for split in ("train", "test"):
+        rows = [f"{'zoo' if 'report' in text else label},{text}" for label, text in tiny_rows(96, seed=2)]
+        (tiny_data / f"{split}.csv").write_text("\n".join(["label,text", *rows]) + "\n")
+    options = (
+        "--output",
+        str(tiny_data / "second"),
+        "--data.cleaning.lowercase",
+        "--data.max-length",
+        "5",
+        "--train.epochs",
+        "1",
+    )
+    assert train(parse_command_line([str(tiny_config), *options, "--lora.target-modules", "value", "dense"])) == 0
+    assert read_config(tiny_data / "second" / "config.toml").model.checkpoint == config.model.checkpoint
+    return tiny_data / "second"
+
+
+def test_several_adapters_classify_each_text_as_each_alone(command, finished, second, tmp_path):
+    one, other = load_several(Arguments(adapter=(finished[0], second))).values()
+    assert one.model.roberta.encoder.layer[0].output.dense.bias is other.model.get_parameter(
+        "roberta.encoder.layer.0.output.dense.base.bias"
+    )
+    first, texts = finished[0], ["the Goal of the match", "oil price today report on the bank in the new report", "cup"]
+    both = ("--adapter", first, "--adapter", second)
+    code, out, err = command(*both, "--text", *texts)
+    assert code == 0, err
+    lines = out.splitlines()[-2 * len(texts) :]
+    for number, folder in enumerate((first, second)):
+        alone = command(folder, "--text", *texts)[1].splitlines()[-len(texts) :]
+        assert [line.removeprefix(str(folder)).strip() for line in lines[number::2]] == alone
+    source = write_unlabelled(tmp_path / "new.csv", [{"id": f"n{i}", "text": text} for i, text in enumerate(texts)])
+    code, _, err = command(*both, "--predict", source, "--out", tmp_path / "both.csv")
+    assert code == 0, err
+    columns = []
+    for folder in (first, second):
+        assert command(folder, "--predict", source, "--out", tmp_path / f"{folder.name}.csv")[0] == 0
+        columns.append([line.split(",") for line in (tmp_path / f"{folder.name}.csv").read_text().splitlines()])
+    expected = [f"{ID},{a},{b}" for (ID, a), (_, b) in zip(*columns, strict=True)]
+    assert (tmp_path / "both.csv").read_text().splitlines() == [f"ID,{first},{second}", *expected[1:]]
+
+
+def test_what_several_adapters_can_not_do_is_refused(command, finished, tiny_checkpoint, tmp_path):
+    folder, other = finished[0], tmp_path / "other"
+    both = ["--adapter", folder, "--adapter", other]
+    model = load_checkpoint(tiny_checkpoint, new_head=True)
+    for name in ("eps", "key"):
+        save_checkpoint(model, tmp_path / name, TextTokenizer.from_directory(tiny_checkpoint, 16))
+        model.roberta.encoder.layer[1].attention.self.key.weight.data[0, 0] += 1
+    settings = tmp_path / "eps" / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"layer_norm_eps": 0.5}))
+    for section, changes, arguments, says in [
+        ("model", {}, [], "give either one folder, or several with --adapter FOLDER before each"),
+        ("model", {}, [folder, *both, "--text", "oil"], "give either one folder, or several"),
+        ("model", {}, ["--adapter", folder, "--adapter", folder, "--text", "oil"], "a folder is given twice"),
+        ("model", {}, both, "--adapter needs --text, --file or --predict"),
+        ("model", {}, [*both, "--speed"], "--adapter needs --text, --file or --predict"),
+        ("model", {}, [*both, "--text", "oil", "--merged"], "--merged and --export are for one folder"),
+        (
+            "model",
+            {"checkpoint": str(tmp_path / "key")},
+            [*both, "--text", "oil"],
+            "self.key.weight is not that of the",
+        ),
+        ("model", {"checkpoint": str(tmp_path / "eps")}, [*both, "--text", "oil"], "its base differs from that of "),
+        ("train", {"precision": "bf16"}, [*both, "--text", "oil"], "trained in another precision than the first"),
+        ("data", {"text_columns": ("a",)}, [*both, "--predict", "a.csv", "--out", "b.csv"], "of different names"),
+    ]:
+        shutil.copytree(folder, other)
+        config = read_config(folder / "config.toml")
+        (other / "config.toml").unlink()
+        changed = {section: dataclasses.replace(getattr(config, section), **changes)}
+        write_config(dataclasses.replace(config, **changed), other / "config.toml")
+        code, _, err = command(*arguments)
+        assert code == EXIT_BAD_INPUT and says in err and err.count("\n") == 1, (arguments, err)
+        shutil.rmtree(other)

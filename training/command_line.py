@@ -15,7 +15,7 @@ import itertools
 import re
 import typing
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import tyro
@@ -135,8 +135,9 @@ def option_names(kind: Any, prefix: str = "--") -> dict[str, bool]:
         hint, option = hints[name], prefix + name.replace("_", "-")
         if section := section_of(hint):
             names |= option_names(section, f"{option}.")
-        elif typing.get_origin(hint) is not Annotated:  # positional
-            names[option] = any(typing.get_origin(part) in (tuple, Mapping) for part in (hint, *typing.get_args(hint)))
+        elif tyro.conf.Positional not in (marks := getattr(hint, "__metadata__", ())):
+            several = any(typing.get_origin(part) in (tuple, Mapping) for part in (hint, *typing.get_args(hint)))
+            names[option] = several and tyro.conf.UseAppendAction not in marks  # that one is repeated for each value
     return names
 
 

@@ -62,6 +62,11 @@ def predict(model: nn.Module, batches: Iterable[Batch], rows: int, compute: Comp
             )
         logits[batch.indices] = batch_logits.float().cpu()
     model.train(was_training)
+    return check_finite(logits)
+
+
+def check_finite(logits: torch.Tensor) -> torch.Tensor:
+    """The logits. Raises ConfigError if one is not finite."""
     if not logits.isfinite().all():
         raise ConfigError(
             "the logits are not finite: training diverged, or the weights are too large for this number format; "

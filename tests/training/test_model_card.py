@@ -45,7 +45,7 @@ def test_a_card_holds_the_reports_numbers_and_its_code_classifies(run_folder, ca
     loaded = {"their_tokenizer": their_tokenizer}
     exec(code.replace('"one text"', repr(texts[0])), loaded)
     printed = capsys.readouterr().out.splitlines()[-1]
-    ours = classify(load_trained(Arguments(run=run_folder.path)), texts)
+    (ours,) = classify([load_trained(Arguments(run=run_folder.path))], texts)
     assert replaced == 1 and printed == report["label_names"][ours[0].argmax()]
     with torch.no_grad():
         logits = [loaded["model"](torch.tensor([ids])).logits[0] for ids in tokenizer.encode_batch(texts)]
