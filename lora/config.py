@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from lora.bottleneck import BottleneckAdapter, sublayer_ends
 from lora.dora import DoRALinear
 from lora.errors import LoRAError
 from lora.ia3 import IA3Linear
+from lora.initial import INITS, ResidualLoRALinear, initialize, takes_from_base
 from lora.linear import LoRALinear
 from lora.targets import (
     ALL_LINEAR,
@@ -174,7 +176,12 @@ class LoRAConfig(LinearMethodConfig):
 
     table: ClassVar[str] = "lora"
     peft_type: ClassVar[str] = "LORA"
-    peft_names: ClassVar[dict[str, str]] = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+    peft_names: ClassVar[dict[str, str]] = {
+        "rank": "r",
+        "alpha": "lora_alpha",
+        "dropout": "lora_dropout",
+        "init": "init_lora_weights",
+    }
     peft_constants: ClassVar[dict[str, Any]] = {"init_lora_weights": True, "fan_in_fan_out": False}
 
     rank: int = 8
@@ -193,16 +200,44 @@ class LoRAConfig(LinearMethodConfig):
     """Scale by alpha / sqrt(r) instead of alpha / r."""
     use_dora: bool = False
     """Train the length of each row of a weight apart from its direction (DoRA)."""
+    init: str = "default"
+    """Where A and B start: default, gaussian, orthogonal, pissa, pissa_niter_N or olora (`lora/initial.py`).
+    Not in the file, as a trained adapter does not depend on it [init_lora_weights]."""
 
     def wrap(self, base: nn.Linear, name: str) -> Adapter:
-        """The adapter of the layer `base`, whose name decides its rank and alpha where patterns are given."""
-        method = DoRALinear if self.use_dora else LoRALinear
-        return method(
+        """The adapter of the layer `base`, whose name decides its rank and alpha where patterns are given.
+
+        Raises LoRAError for an initial update of a rank that the weight does not have.
+        """
+        residual = takes_from_base(self.init)
+        method = DoRALinear if self.use_dora else ResidualLoRALinear if residual else LoRALinear
+        layer = method(
             base,
             rank=pattern_value(self.rank_pattern, name, self.rank),
             alpha=pattern_value(self.alpha_pattern, name, self.alpha),
             dropout=self.dropout,
             use_rslora=self.use_rslora,
+        )
+        if residual and layer.rank > (largest := min(base.weight.shape)):
+            raise LoRAError(
+                f"lora: init is {self.init!r}, but {name} has rank {layer.rank}; it can be {largest} at most"
+            )
+        if self.init != "default":
+            initialize(layer, self.init)
+        return layer
+
+    def in_file(self, wrapped: Mapping[str, Adapter]) -> MethodConfig:
+        """Twice the rank at the same scale, if the file also holds the initial update with a minus sign."""
+        if not takes_from_base(self.init):
+            return self
+        factor = math.sqrt(2) if self.use_rslora else 2
+        return dataclasses.replace(
+            self,
+            init="default",
+            rank=2 * self.rank,
+            alpha=factor * self.alpha,
+            rank_pattern={pattern: 2 * rank for pattern, rank in self.rank_pattern.items()},
+            alpha_pattern={pattern: factor * alpha for pattern, alpha in self.alpha_pattern.items()},
         )
 
     def trains(self, name: str, adapted: bool) -> bool:
@@ -218,6 +253,16 @@ class LoRAConfig(LinearMethodConfig):
         for where, alpha in alphas:
             if not 0 < alpha < float("inf"):
                 raise LoRAError(f"lora: {where} is {alpha!r}; it must be above 0, as the update is scaled by alpha / r")
+        if not INITS.fullmatch(self.init):
+            raise LoRAError(
+                f"lora: init is {self.init!r}; choose default, gaussian, orthogonal, pissa, pissa_niter_N or olora"
+            )
+        if self.init == "orthogonal" and (odd := [r for r in (self.rank, *self.rank_pattern.values()) if r % 2]):
+            raise LoRAError(
+                f"lora: init is 'orthogonal', which halves the rank, and {odd[0]} is odd; choose an even one"
+            )
+        if self.use_dora and takes_from_base(self.init):
+            raise LoRAError(f"lora: init is {self.init!r}, which use_dora can't be combined with; choose another")
         if not 0 <= self.dropout < 1:
             raise LoRAError(f"lora: dropout is {self.dropout!r}; it is a probability in [0, 1)")
         if self.bias not in ("none", "lora_only", "all"):

@@ -162,7 +162,7 @@ def _check_same(model: Any, configs: Collection[MethodConfig], planned: Mapping[
     carried = adapters(model)
     for name in carried.keys() | planned.keys():
         ours, asked = carried.get(name), planned.get(name)
-        if not (ours and asked and type(ours) is type(asked) and ours.settings() == asked.settings()):
+        if not (ours and asked and ours.method == asked.method and ours.settings() == asked.settings()):
             raise LoRAError(f"{directory}: other settings than those of the model's adapter on {name}; load it afresh")
     trained, held = (
         {name for config in those for name in trained_parameters(model, config)}
@@ -270,8 +270,9 @@ def _adapters_of(config: MethodConfig, wrapped: Mapping[str, Adapter]) -> dict[s
 
 
 def _fields(config: type[MethodConfig]) -> dict[str, str]:
-    """Our settings -> peft's names of them."""
-    return {field.name: config.peft_names.get(field.name, field.name) for field in dataclasses.fields(config)}
+    """Our settings -> peft's names of them, without those that are one value in its file."""
+    names = {field.name: config.peft_names.get(field.name, field.name) for field in dataclasses.fields(config)}
+    return {ours: theirs for ours, theirs in names.items() if theirs not in config.peft_constants}
 
 
 def _read_fields(folder: Path) -> dict[str, Any]:
@@ -326,7 +327,8 @@ def read_adapter_config(directory: str | Path, model: nn.Module | None = None) -
             raise LoRAError(f"{path}: {name} = {json.dumps(value)} is not supported; train the adapter without it")
     if raw.get("init_lora_weights") not in _INITS:
         raise LoRAError(
-            f"{path}: init_lora_weights = {raw['init_lora_weights']!r} changes the base model; not supported"
+            f"{path}: init_lora_weights = {raw['init_lora_weights']!r} changes the base model; not supported; save it "
+            "by peft with path_initial_model_for_weight_conversion"
         )
     check_settings(path, raw, kind)
     if "target_modules" in fields and raw.get("target_modules") is None:

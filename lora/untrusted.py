@@ -145,7 +145,7 @@ def check_settings(path: Path, raw: dict[str, Any], kind: type[MethodConfig]) ->
             (lambda value: isinstance(value, str), str(field.type).removeprefix("Literal")),
         )
         value = raw.get(name)
-        if value is None:
+        if value is None or name in kind.peft_constants:
             continue
         if not fits(value):
             raise LoRAError(f"{path}: {name} is {str(value)[:80]!r}; it must be {what}")
