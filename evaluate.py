@@ -148,7 +148,7 @@ def load_trained(arguments: Arguments) -> Trained:
     head = {f"classifier.{layer}.{kind}" for layer in ("dense", "out_proj") for kind in ("weight", "bias")}
     new_head = not has_head(checkpoint.directory) or head_in_adapter >= head
     model = load_checkpoint(checkpoint.directory, model_config, new_head=new_head)
-    load_adapter(model, adapter)  # first, as it names the likely cause where the keys are another model's
+    methods = load_adapter(model, adapter)  # first, as it names the likely cause where the keys are another model's
     if new_head and head_in_adapter < head:
         raise ConfigError(
             f"{adapter}: neither the adapter nor {checkpoint.directory} holds "
@@ -160,7 +160,8 @@ def load_trained(arguments: Arguments) -> Trained:
     model.to(compute.device).eval()
     if compute.device.type == "cpu":
         speed_up(model)
-    max_length = min(config.data.max_length, model_config.max_length)  # another base may have fewer positions
+    room = model_config.max_length - sum(method.num_virtual_tokens for method in methods)
+    max_length = min(config.data.max_length, room)  # another base may have fewer positions
     # One that was saved with the adapter is the one it was trained with.
     files = adapter if any((adapter / name).is_file() for name in TOKENIZER_FILES) else checkpoint.directory
     if files == adapter and not is_run:

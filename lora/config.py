@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from lora.adalora import AdaLoRALinear
-from lora.adapter import Adapter
+from lora.adapter import Adapter, adapters, plain_name
 from lora.bottleneck import BottleneckAdapter, sublayer_ends
 from lora.dora import DoRALinear
 from lora.errors import LoRAError
 from lora.ia3 import IA3Linear
 from lora.initial import INITS, ResidualLoRALinear, initialize, takes_from_base
 from lora.linear import LoRALinear
+from lora.prompt_tuning import PromptTuning
 from lora.targets import (
     ALL_LINEAR,
     HEAD_NAMES,
@@ -45,18 +46,25 @@ class MethodConfig:
     """Name of the method in a TOML file, and of its folder where several methods are saved."""
     peft_type: ClassVar[str]
     in_peft: ClassVar[bool] = True
-    """Whether peft has the method, and so reads the file."""
+    """Whether peft has the method, and so reads the file and computes the same."""
+    merges: ClassVar[bool] = True
+    """Whether a plain model can compute the same."""
     peft_names: ClassVar[dict[str, str]] = {}
     peft_constants: ClassVar[dict[str, Any]] = {}
     """Fields of peft's file that have one value here."""
     peft_lacks: ClassVar[tuple[str, ...]] = ()
     """Settings that peft does not have for this method; where they are used, its file lists the layers by name."""
+    peft_refuses: ClassVar[tuple[str, ...]] = ()
+    """Settings that peft does not have and a file can't do without; peft loads no file in which one is on."""
     key_prefix: ClassVar[str] = "base_model.model."
     """What peft puts before the name of each parameter."""
     peft_layer: ClassVar[str] = "base_layer"
     """What peft puts between the name of a target and those of its own parameters."""
     adapterhub: ClassVar[bool] = False
     """Whether the files are those of AdapterHub's library, as peft lacks the method."""
+
+    num_virtual_tokens: ClassVar[int] = 0
+    """By how many positions each text becomes longer."""
 
     modules_to_save: tuple[str, ...] = ("classifier",)
     """Modules trained fully and saved with the adapter; the head, unless told otherwise."""
@@ -514,6 +522,7 @@ class BottleneckConfig(MethodConfig):
     table: ClassVar[str] = "bottleneck"
     peft_type: ClassVar[str] = "BOTTLENECK"
     in_peft: ClassVar[bool] = False
+    merges: ClassVar[bool] = False
     adapterhub: ClassVar[bool] = True
 
     form: Literal["pfeiffer", "houlsby"] = "pfeiffer"
@@ -549,6 +558,97 @@ class BottleneckConfig(MethodConfig):
             raise LoRAError(f"bottleneck: reduction_factor is {self.reduction_factor!r}; it must be 1 or more")
 
 
+@dataclass(frozen=True)
+class VirtualTokensConfig(MethodConfig):
+    """Settings of a method that puts virtual tokens before each text.
+
+    Raises LoRAError for a number below 1, and for what has no effect where it is used.
+    """
+
+    merges: ClassVar[bool] = False
+    peft_constants: ClassVar[dict[str, Any]] = {"num_transformer_submodules": 1}
+    key_prefix: ClassVar[str] = "base_model."
+    places: ClassVar[tuple[str, ...]] = ("word_embeddings",)
+    """Ends of the names of the modules that are wrapped."""
+
+    num_virtual_tokens: int = 20  # type: ignore[misc]  # the class variable of methods without
+    """Number p of virtual tokens."""
+    inference_mode: bool = False
+    """In files of trained adapters: they hold the tokens themselves, whatever network computed them in training."""
+
+    def targets(self, model: nn.Module) -> Mapping[str, nn.Module]:
+        """The modules called as in `places`, wherever they are."""
+        wrapped = adapters(model)
+        modules = {plain_name(name, wrapped): module for name, module in model.named_modules()}
+        kinds = (nn.Linear, nn.Embedding)
+        return {name: one for name, one in modules.items() if matches(self.places, name) and isinstance(one, kinds)}
+
+    def in_file(self, wrapped: Mapping[str, Adapter]) -> MethodConfig:
+        """As in peft's files."""
+        return dataclasses.replace(self, inference_mode=True)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise LoRAError for a model without these modules, one of them trained fully, or a setting without effect."""
+        fully_trained = tuple(f"{name}." for name in fully_trained_modules(model, self))
+        targets = self.targets(model)
+        for place in self.places:
+            if not any(matches((place,), name) for name in targets):
+                raise LoRAError(f"{self.table}: the model has no module called {place}; it can't be tuned so")
+        for name in targets:
+            if f"{name}.".startswith(fully_trained):
+                raise LoRAError(f"{self.table}: modules_to_save holds {name}, which must be frozen; leave it out")
+        for name, why in self.without_effect().items():
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise LoRAError(f"{self.table}: {name} is {getattr(self, name)!r}, {why}")
+
+    def without_effect(self) -> dict[str, str]:
+        """Settings that change nothing beside the others, and why."""
+        return {"inference_mode": "which is for files of trained adapters; leave it out"}
+
+    def __post_init__(self) -> None:
+        for name in ("num_virtual_tokens", "encoder_hidden_size", "encoder_num_layers"):
+            value = getattr(self, name, None)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31):
+                raise LoRAError(f"{self.table}: {name} is {value!r}; it is an integer, 1 or more, below {2**31}")
+
+
+@dataclass(frozen=True)
+class PromptConfig(VirtualTokensConfig):
+    """Settings of a method that puts virtual tokens among the word embeddings."""
+
+    peft_refuses: ClassVar[tuple[str, ...]] = ("after_first",)
+
+    after_first: bool = False
+    """Put the virtual tokens directly after <s>, so that the head reads <s>; in peft it reads the first of them."""
+
+    def parameter_key(self, name: str, key: str) -> str:
+        """Key in peft's file; peft, which reads "prompt_embeddings" alone, misses it in a file with `after_first`."""
+        return f"{key}_after_first" if self.after_first else key
+
+
+@dataclass(frozen=True)
+class PromptTuningConfig(PromptConfig):
+    """Settings of prompt tuning, as peft's `PromptTuningConfig`. Raises LoRAError as VirtualTokensConfig does."""
+
+    table: ClassVar[str] = "prompt_tuning"
+    peft_type: ClassVar[str] = "PROMPT_TUNING"
+    peft_constants: ClassVar[dict[str, Any]] = VirtualTokensConfig.peft_constants | {"prompt_tuning_init": "RANDOM"}
+
+    prompt_tuning_init: Literal["RANDOM", "SAMPLE_VOCAB"] = "RANDOM"
+    """Initial values: standard normal numbers, or the vectors of random words."""
+
+    def wrap(self, base: nn.Embedding, name: str) -> Adapter:
+        """The adapter of the word embeddings."""
+        return PromptTuning(base, self.num_virtual_tokens, self.after_first, self.prompt_tuning_init == "SAMPLE_VOCAB")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompt_tuning_init not in ("RANDOM", "SAMPLE_VOCAB"):
+            raise LoRAError(
+                f"{self.table}: prompt_tuning_init is {self.prompt_tuning_init!r}; choose RANDOM or SAMPLE_VOCAB"
+            )
+
+
 METHODS: dict[str, type[MethodConfig]] = {
     config.table: config
     for config in (
@@ -560,6 +660,7 @@ METHODS: dict[str, type[MethodConfig]] = {
         FullConfig,
         BottleneckConfig,
         AdaLoRAConfig,
+        PromptTuningConfig,
     )
 }
 """Every method by the name of its table."""

@@ -8,6 +8,7 @@ What is written here, `peft.PeftModel.from_pretrained` loads, and the other way 
     base_model.model.roberta.encoder.layer.0.attention.self.query.base_layer.bias    a trained bias of an adapted layer
     base_model.model.classifier.out_proj.weight                                      a module trained fully
 
+Methods that put virtual tokens before a text have one tensor, `prompt_embeddings`, and "base_model." before the others.
 Source: the files of peft 0.4 to 0.21; tests/parity/test_adapters.py holds both directions.
 """
 
@@ -38,13 +39,16 @@ from lora.untrusted import check_expressions, check_settings, non_float_tensors,
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+# Of methods that wrap modules in peft, and of those that put virtual tokens before a text.
+_PREFIXES = ("base_model.model.", "base_model.")
 
-# Fields of peft's file that say nothing about the function computed: where it came from, or how to initialise it (r is
-# in AdaLoRA's file too, and not used).
+# Fields of peft's file that say nothing about the function computed: where it came from, how to initialise it, or sizes
+# that the tensors and the model have too (r is in AdaLoRA's file, and not used).
 _WITHOUT_EFFECT = set(
     "auto_mapping base_model_name_or_path corda_config eva_config inference_mode init_lora_weights loftq_config "
-    "lora_ga_config megatron_core peft_type peft_version r revision runtime_config task_type qalora_group_size".split()
+    "lora_ga_config megatron_core num_attention_heads num_layers peft_type peft_version prompt_tuning_init "
+    "prompt_tuning_init_text qalora_group_size r revision runtime_config task_type token_dim tokenizer_kwargs "
+    "tokenizer_name_or_path".split()
 )
 # Values of init_lora_weights after which peft's base weights have the same bits as before. Others (PiSSA, OLoRA, CorDA,
 # LoftQ, LoRA-GA) change them, so the update alone is not the model.
@@ -85,8 +89,8 @@ def save_adapter(
         tensors = {key: value.detach().cpu().contiguous() for key, value in _saved(model, config, own).items()}
         fields: dict[str, Any] = about | {"peft_type": config.peft_type} | config.peft_constants
         for ours, theirs in _fields(type(config)).items():
-            if ours not in config.peft_lacks:
-                value = getattr(config, ours)
+            value = getattr(config, ours)
+            if ours not in config.peft_lacks and (value or ours not in config.peft_refuses):
                 fields[theirs] = dict(value) if isinstance(value, Mapping) else value
         if any(getattr(config, name) is not None for name in config.peft_lacks):
             fields["target_modules"] = [*config.targets(model)]
@@ -216,12 +220,17 @@ def _copy(
     """Copy tensors of a file into the model's parameters."""
     wrapped, targets = adapters(model), config.targets(model)
     own = _adapters_of(config, wrapped)
+    of_adapters: dict[str, dict[str, torch.Tensor]] = {name: {} for name in own}
+    for key, places in _places(config, {name: planned[name] for name in own}).items():
+        parts = loaded.pop(key).split([like.shape[-1] for *_, like in places], dim=-1)
+        for (name, parameter, _), part in zip(places, parts, strict=True):
+            of_adapters[name][parameter] = part
     for name, adapter in own.items():
-        keys = {one: config.parameter_key(name, adapter.peft_keys[one]) for one in adapter.own_parameters()}
-        adapter.load({one: loaded.pop(key) for one, key in keys.items()}, planned[name])
-    tensors = _saved(model, config, own)
-    for name, parameter in own_parameters(model, wrapped).items():
-        tensors.setdefault(_key(name, config, targets), parameter)
+        adapter.load(of_adapters[name], planned[name])
+    tensors: dict[str, torch.Tensor] = {
+        _key(name, config, targets): value for name, value in own_parameters(model, wrapped).items()
+    }
+    tensors |= config.shared(own)
     for key, tensor in loaded.items():
         tensors[key].copy_(tensor)
 
@@ -257,11 +266,19 @@ def _saved(model: nn.Module, config: MethodConfig, wrapped: Mapping[str, Adapter
         {_key(name, config, targets): parameter for name, parameter in trained}
         | config.shared(wrapped)
         | {
-            config.parameter_key(name, adapter.peft_keys[own]): parameter
-            for name, adapter in wrapped.items()
-            for own, parameter in adapter.in_file().items()
+            key: torch.cat([value for *_, value in places], dim=-1) if len(places) > 1 else places[0][-1]
+            for key, places in _places(config, wrapped).items()
         }
     )
+
+
+def _places(config: MethodConfig, wrapped: Mapping[str, Adapter]) -> dict[str, list[tuple[str, str, torch.Tensor]]]:
+    """Key in the file -> (module, parameter, tensor) of the adapters that have it; several lie side by side in it."""
+    places: dict[str, list[tuple[str, str, torch.Tensor]]] = {}
+    for name, adapter in wrapped.items():
+        for own, value in adapter.in_file().items():
+            places.setdefault(config.parameter_key(name, adapter.peft_keys[own]), []).append((name, own, value))
+    return places
 
 
 def _adapters_of(config: MethodConfig, wrapped: Mapping[str, Adapter]) -> dict[str, Adapter]:
@@ -335,6 +352,8 @@ def read_adapter_config(directory: str | Path, model: nn.Module | None = None) -
         raise LoRAError(f"{path}: target_modules is missing; name the layers that the adapter belongs to")
     values = {ours: raw[theirs] for ours, theirs in fields.items() if raw.get(theirs) is not None}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    if "inference_mode" in fields:  # as peft loads it, whatever the file says
+        values["inference_mode"] = True
     layers = values.pop("layers_to_transform", ())
     if layers != ():
         values["layers_to_transform"] = (layers,) if isinstance(layers, int) else layers
@@ -360,18 +379,23 @@ def adapter_shapes(directory: str | Path) -> dict[str, list[int]]:
     for folder in adapter_folders(directory):
         with _open_weights(folder) as file:
             keys = _plain_keys(file.keys(), ())
-            shapes |= {plain.removeprefix(_PREFIX): file.get_slice(key).get_shape() for plain, key in keys.items()}
+            shapes |= {_plain(plain): file.get_slice(key).get_shape() for plain, key in keys.items()}
     return shapes
+
+
+def _plain(key: str) -> str:
+    """A key without peft's prefix."""
+    return next((key.removeprefix(prefix) for prefix in _PREFIXES if key.startswith(prefix)), key)
 
 
 def _refuse_mismatch(path: Path, missing: Collection[str], unexpected: Collection[str]) -> None:
     """Raise LoRAError if there are such keys, with one of each and the likely cause."""
-    tails = {key.removeprefix(_PREFIX).partition(".")[2]: key for key in sorted(missing)}
+    tails = {_plain(key).partition(".")[2]: key for key in sorted(missing)}
     for key in sorted(unexpected):
-        first, _, tail = (found := key.removeprefix(_PREFIX)).partition(".")
+        first, _, tail = (found := _plain(key)).partition(".")
         expected = tails.get(found) or tails.get(tail)
         if expected:
-            part = expected.removeprefix(_PREFIX).partition(".")[0]
+            part = _plain(expected).partition(".")[0]
             cause = "a model without a head" if found in tails else f"another class of model, with {first} for {part}"
             raise LoRAError(
                 f"{path}: expected {expected}, found {key}; it was trained on {cause}, train it on this one"

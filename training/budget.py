@@ -25,7 +25,7 @@ def check_budget(model_config: RobertaConfig, methods: Sequence[MethodConfig], m
     if max_trainable is None or trainable <= max_trainable:
         return
     build = lambda: RobertaForSequenceClassification(model_config)  # noqa: E731
-    fix = "choose fewer target_modules, or train less of the head by modules_to_save"
+    fix = "choose fewer target_modules or virtual tokens, or train less of the head by modules_to_save"
     for method in methods:
         others = [other for other in methods if other is not method]
         if isinstance(method, LoRAConfig):

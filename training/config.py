@@ -32,6 +32,7 @@ from lora.config import (
     LayerNormConfig,
     LoRAConfig,
     MethodConfig,
+    PromptTuningConfig,
     VeRAConfig,
 )
 from training.command_line import parse_options, section_of
@@ -141,6 +142,7 @@ class RunConfig:
     layer_norm: LayerNormConfig | None = None
     full: FullConfig | None = None
     bottleneck: BottleneckConfig | None = None
+    prompt_tuning: PromptTuningConfig | None = None
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 

@@ -47,7 +47,9 @@ def write_model_card(folder: RunFolder) -> None:
         base=base,
         model_type=report["origins"]["model_type"],
         several=len(methods) > 1,
-        in_peft=all(METHODS[table].in_peft for table in tables),
+        in_peft=all(METHODS[table].in_peft for table in tables)
+        and not any(config[table][name] for table in tables for name in METHODS[table].peft_refuses),
+        merges=all(METHODS[table].merges for table in tables),
         adapterhub=any(METHODS[table].adapterhub for table in tables),
         labels=report["label_names"],
         multi_label=multi_label,

@@ -114,10 +114,11 @@ def load_inputs(config: RunConfig, world: World) -> Inputs:
     kind = "multi_label_classification" if text.multi_label else "single_label_classification"
     model_config = dataclasses.replace(model_config, label_names=text.label_names, problem_type=kind, **changed)
     check_budget(model_config, config.methods, settings.max_trainable)  # before anything large is read
-    if config.data.max_length > model_config.max_length:
+    virtual = sum(method.num_virtual_tokens for method in config.methods)
+    if config.data.max_length + virtual > model_config.max_length:
         raise ConfigError(
-            f"data.max_length is {config.data.max_length}, but the checkpoint has positions for "
-            f"{model_config.max_length} tokens; lower it"
+            f"data.max_length is {config.data.max_length}{f', with {virtual} virtual tokens' if virtual else ''}, but "
+            f"the checkpoint has positions for {model_config.max_length} tokens; lower it"
         )
     tokenizer = TextTokenizer.from_directory(checkpoint.directory, config.data.max_length)
     tokenizer.check_fits(model_config, checkpoint.directory)

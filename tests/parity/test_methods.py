@@ -5,7 +5,6 @@ method has it, both sides drawing the same masks.
 """
 
 import copy
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +14,16 @@ import torch
 import torch.nn.functional as F
 
 from lora.adapter import adapters
-from lora.config import AdaLoRAConfig, IA3Config, LayerNormConfig, LoRAConfig, MethodConfig, VeRAConfig
+from lora.config import (
+    AdaLoRAConfig,
+    IA3Config,
+    LayerNormConfig,
+    LoRAConfig,
+    MethodConfig,
+    PromptTuningConfig,
+    VeRAConfig,
+    VirtualTokensConfig,
+)
 from lora.inject import count_parameters, inject_lora, merge_lora, own_parameters, unload_lora
 from lora.peft_format import load_adapter, save_adapter
 from tests.parity.oracle import assert_close, assert_same, our_copy, ragged_batch, reference_model
@@ -87,6 +95,7 @@ METHODS = {
             "modules_to_save": ["roberta.embeddings"],
         },
     ),
+    "prompt tuning": Case(PromptTuningConfig(num_virtual_tokens=5), peft.PromptTuningConfig, {"num_virtual_tokens": 5}),
 }
 
 
@@ -95,27 +104,31 @@ def our_keys(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     wrapped, found = adapters(model), {}
     for name, adapter in wrapped.items():
         for own, parameter in adapter.own_parameters().items():
-            found[adapter.config.parameter_key(name, adapter.peft_keys[own])] = parameter
+            found[adapter.config.parameter_key(name, adapter.peft_keys.get(own, own))] = parameter
     config = model.adapter_configs[0]
     targets = {f"{name}.": f"{name}.{config.peft_layer}." for name in config.targets(model)}
     for name, parameter in own_parameters(model, wrapped).items():
         if parameter.requires_grad:
             module, own = name[: name.rindex(".") + 1], name.rpartition(".")[2]
-            found[f"base_model.model.{targets.get(module, module)}{own}"] = parameter
+            found[f"{config.key_prefix}{targets.get(module, module)}{own}"] = parameter
     return found
 
 
 def their_keys(model: peft.PeftModel) -> dict[str, torch.nn.Parameter]:
     """The trained parameters of peft's, by the same keys."""
-    return {
-        re.sub(
-            r"(magnitude_vector)\.weight$",
-            r"\1",
-            name.replace(".modules_to_save.default.", ".").replace(".default", ""),
-        ): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+    renamed = {
+        ".modules_to_save.default.": ".",
+        "prompt_encoder.default.embedding.weight": "prompt_embeddings",
+        ".default": "",
+        "magnitude_vector.weight": "magnitude_vector",
     }
+
+    def key(name: str) -> str:
+        for theirs, ours in renamed.items():
+            name = name.replace(theirs, ours)
+        return name
+
+    return {key(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @pytest.fixture(params=METHODS)
@@ -193,7 +206,15 @@ def test_merged_weights(pair):
     assert_close(ours(**INPUTS), before, what="logits of the merged model without adapters")
 
 
-def test_files_both_ways(pair, tmp_path):
+@pytest.fixture
+def float64_prompts(pair):
+    """peft reads virtual tokens into a table of torch's default type."""
+    torch.set_default_dtype(torch.float64 if isinstance(pair[-1].ours, VirtualTokensConfig) else torch.float32)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_files_both_ways(pair, float64_prompts, tmp_path):
     ours, theirs, plain, case = pair
     expected = ours(**INPUTS)
     save_adapter(ours, tmp_path / "ours", task_type="SEQ_CLS")
