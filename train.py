@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cpu import speed_up
 from data.batching import Batch, evaluation_batches
 from lora.adalora import allocate_ranks, orthogonality_penalty
-from lora.inject import inject_lora
+from lora.inject import drop_encoders, inject_lora
 from lora.peft_format import load_adapter, save_adapter
 from roberta.weights import load_checkpoint
 from training.checkpoint import TrainState
@@ -239,6 +239,7 @@ def train(config: RunConfig, world: World = ALONE) -> int:
         if state.best is None:  # no epoch was completed: the current adapter is better than none
             save_run_adapter(model, inputs, recorder)
         return recorder.finish(test=None, logits=None, test_seconds=0.0)
+    drop_encoders(model)  # P-tuning's and prefix tuning's: the adapter on disk holds what they computed
     if world.is_main:
         load_adapter(model, recorder.folder.adapter)  # the best epoch's
     world.copy_from_main(model)

@@ -68,6 +68,9 @@ class Adapter(nn.Module):
         for name, parameter in self.own_parameters().items():
             parameter.copy_(tensors[name])
 
+    def drop_encoder(self) -> None:
+        """Replace a network that computes the adapter's parameters in training, if it has one, by what it computes."""
+
     def extra_repr(self) -> str:
         """What `print(model)` shows of the layer."""
         return ", ".join(f"{name}={value:.4g}" for name, value in self.settings().items())

@@ -20,6 +20,7 @@ from lora.errors import LoRAError
 from lora.ia3 import IA3Linear
 from lora.initial import INITS, ResidualLoRALinear, initialize, takes_from_base
 from lora.linear import LoRALinear
+from lora.p_tuning import PTuning
 from lora.prompt_tuning import PromptTuning
 from lora.targets import (
     ALL_LINEAR,
@@ -649,6 +650,54 @@ class PromptTuningConfig(PromptConfig):
             )
 
 
+@dataclass(frozen=True)
+class PTuningConfig(PromptConfig):
+    """Settings of P-tuning, as peft's `PromptEncoderConfig`. Raises LoRAError as VirtualTokensConfig does."""
+
+    table: ClassVar[str] = "p_tuning"
+    peft_type: ClassVar[str] = "P_TUNING"
+
+    encoder_reparameterization_type: Literal["MLP", "LSTM"] = "MLP"
+    """The network that computes the virtual tokens."""
+    encoder_hidden_size: int | None = None
+    """Width of its hidden layers; the model's unless set."""
+    encoder_num_layers: int = 2
+    """Layers of the LSTM."""
+    encoder_dropout: float = 0.0
+    """Dropout between the layers of the LSTM."""
+
+    def wrap(self, base: nn.Embedding, name: str) -> Adapter:
+        """The adapter of the word embeddings."""
+        return PTuning(
+            base,
+            self.num_virtual_tokens,
+            self.after_first,
+            encoder=None if self.inference_mode else self.encoder_reparameterization_type,
+            width=self.encoder_hidden_size or base.embedding_dim,
+            num_layers=self.encoder_num_layers,
+            dropout=self.encoder_dropout,
+        )
+
+    def without_effect(self) -> dict[str, str]:
+        """What the MLP lacks, and dropout between the layers of one."""
+        found = super().without_effect()
+        if self.encoder_reparameterization_type == "MLP":
+            found |= dict.fromkeys(("encoder_num_layers", "encoder_dropout"), "which an MLP does not have; use LSTM")
+        if self.encoder_num_layers == 1:
+            found["encoder_dropout"] = "but there is one layer; set encoder_num_layers, or leave it out"
+        return found
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.encoder_reparameterization_type not in ("MLP", "LSTM"):
+            raise LoRAError(
+                f"{self.table}: encoder_reparameterization_type is {self.encoder_reparameterization_type!r}; choose "
+                "MLP or LSTM"
+            )
+        if not 0 <= self.encoder_dropout < 1:
+            raise LoRAError(f"{self.table}: encoder_dropout is {self.encoder_dropout!r}; it is a probability in [0, 1)")
+
+
 METHODS: dict[str, type[MethodConfig]] = {
     config.table: config
     for config in (
@@ -661,6 +710,7 @@ METHODS: dict[str, type[MethodConfig]] = {
         BottleneckConfig,
         AdaLoRAConfig,
         PromptTuningConfig,
+        PTuningConfig,
     )
 }
 """Every method by the name of its table."""

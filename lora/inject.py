@@ -74,6 +74,12 @@ def own_parameters(model: nn.Module, wrapped: dict[str, Adapter]) -> dict[str, n
     return {plain_name(name, wrapped): value for name, value in model.named_parameters() if id(value) not in added}
 
 
+def drop_encoders(model: nn.Module) -> None:
+    """Replace networks that compute adapters in training by what they compute, as files do; the outputs stay equal."""
+    for adapter in adapters(model).values():
+        adapter.drop_encoder()
+
+
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     """Replace the submodule `name` of `model` by `module`."""
     parent, _, child = name.rpartition(".")

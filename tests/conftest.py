@@ -127,8 +127,8 @@ def tiny_config(tiny_checkpoint, tiny_data) -> Path:
     return write_tiny_config(tiny_checkpoint, tiny_data)
 
 
-def write_tiny_config(tiny_checkpoint: Path, tiny_data: Path, adalora: bool = False) -> Path:
-    """Write the settings of `tiny_config` into the folder of the data; with AdaLoRA beside LoRA, if asked for."""
+def write_tiny_config(tiny_checkpoint: Path, tiny_data: Path, more: bool = False) -> Path:
+    """Write the settings of `tiny_config` into the folder of the data; if `more`, with AdaLoRA and P-tuning too."""
     path = tiny_data / "tiny.toml"
     path.write_text(
         f"""
@@ -150,7 +150,7 @@ warmup_fraction = 0.1
 log_every = 5
 seed = 1
 """
-        + adalora
+        + more
         * """
 [adalora]
 init_r = 4
@@ -159,6 +159,10 @@ tinit = 2
 tfinal = 2
 total_step = 14
 target_modules = ["output.dense"]
+[p_tuning]
+num_virtual_tokens = 2
+encoder_reparameterization_type = "LSTM"
+encoder_hidden_size = 12
 """,
         encoding="utf-8",
     )

@@ -1,9 +1,9 @@
 """Exact resume: a run killed anywhere and resumed ends with the bits of a run never interrupted.
 
 The runs here have everything on that could make a difference: dropout, EDA, accumulation, a short last batch, early
-stopping, AdaLoRA's pruning. They are short: 5 steps in each of 3 epochs, of which the last brings nothing better. A
-killed run is a real process, a fork of this one, that gets SIGKILL before its k-th event: an optimizer step, a batch of
-an evaluation, a logged line, a flush or a rename of a file.
+stopping, AdaLoRA's pruning, P-tuning's network. They are short: 5 steps in each of 3 epochs, of which the last brings
+nothing better. A killed run is a real process, a fork of this one, that gets SIGKILL before its k-th event: an
+optimizer step, a batch of an evaluation, a logged line, a flush or a rename of a file.
 """
 
 import copy
@@ -28,7 +28,7 @@ from training.config import parse_command_line
 OPTIONS = """
 --data.augmentation.n-aug 1 --train.accumulation-steps 2 --train.batch-size 7 --train.epochs 5 --train.patience 1
 --train.log-every 2 --train.checkpoint-steps 3 --train.eval-batch-size 4 --lora.dropout 0.1
---data.train-rows 32 --train.learning-rate 5e-2
+--data.train-rows 32 --train.learning-rate 5e-2 --p-tuning.encoder-dropout 0.5
 """.split()
 
 
@@ -56,7 +56,7 @@ def no_pages():
 @pytest.fixture(scope="module")
 def run_config(one_thread, no_pages, tiny_checkpoint, tmp_path_factory):
     """Settings of the runs; a first one has imported and read what every fork would import and read again."""
-    config = write_tiny_config(tiny_checkpoint, write_tiny_data(tmp_path_factory.mktemp("resume")), adalora=True)
+    config = write_tiny_config(tiny_checkpoint, write_tiny_data(tmp_path_factory.mktemp("resume")), more=True)
     arguments = [config, *OPTIONS, "--output", config.with_name("first"), "--train.epochs", 1]
     assert train(parse_command_line([str(one) for one in arguments])) == 0
     return config

@@ -33,6 +33,7 @@ from lora.config import (
     LoRAConfig,
     MethodConfig,
     PromptTuningConfig,
+    PTuningConfig,
     VeRAConfig,
 )
 from training.command_line import parse_options, section_of
@@ -143,6 +144,7 @@ class RunConfig:
     full: FullConfig | None = None
     bottleneck: BottleneckConfig | None = None
     prompt_tuning: PromptTuningConfig | None = None
+    p_tuning: PTuningConfig | None = None
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 

@@ -21,6 +21,7 @@ from lora.config import (
     LoRAConfig,
     MethodConfig,
     PromptTuningConfig,
+    PTuningConfig,
     VeRAConfig,
     VirtualTokensConfig,
 )
@@ -96,6 +97,26 @@ METHODS = {
         },
     ),
     "prompt tuning": Case(PromptTuningConfig(num_virtual_tokens=5), peft.PromptTuningConfig, {"num_virtual_tokens": 5}),
+    "P-tuning by an MLP": Case(
+        PTuningConfig(num_virtual_tokens=5), peft.PromptEncoderConfig, {"num_virtual_tokens": 5}
+    ),
+    "P-tuning by an LSTM": Case(
+        PTuningConfig(
+            num_virtual_tokens=4,
+            encoder_reparameterization_type="LSTM",
+            encoder_hidden_size=7,
+            encoder_num_layers=3,
+            encoder_dropout=0.3,
+        ),
+        peft.PromptEncoderConfig,
+        {
+            "num_virtual_tokens": 4,
+            "encoder_reparameterization_type": "LSTM",
+            "encoder_hidden_size": 7,
+            "encoder_num_layers": 3,
+            "encoder_dropout": 0.3,
+        },
+    ),
 }
 
 
@@ -119,6 +140,8 @@ def their_keys(model: peft.PeftModel) -> dict[str, torch.nn.Parameter]:
     renamed = {
         ".modules_to_save.default.": ".",
         "prompt_encoder.default.embedding.weight": "prompt_embeddings",
+        "prompt_encoder.default.mlp_head": "mlp",
+        "prompt_encoder.default.lstm_head": "lstm",
         ".default": "",
         "magnitude_vector.weight": "magnitude_vector",
     }

@@ -58,8 +58,8 @@ def one_thread():
 
 @pytest.fixture
 def tiny_config(tiny_checkpoint, tiny_data):
-    """With AdaLoRA, whose ranks must be the same in all processes."""
-    return write_tiny_config(tiny_checkpoint, tiny_data, adalora=True)
+    """With AdaLoRA, whose ranks must be the same in all processes, and P-tuning, whose network all drop in the end."""
+    return write_tiny_config(tiny_checkpoint, tiny_data, more=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
