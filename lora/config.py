@@ -21,6 +21,7 @@ from lora.ia3 import IA3Linear
 from lora.initial import INITS, ResidualLoRALinear, initialize, takes_from_base
 from lora.linear import LoRALinear
 from lora.p_tuning import PTuning
+from lora.prefix_tuning import LaterPositions, PrefixTuning, Projection
 from lora.prompt_tuning import PromptTuning
 from lora.targets import (
     ALL_LINEAR,
@@ -698,6 +699,52 @@ class PTuningConfig(PromptConfig):
             raise LoRAError(f"{self.table}: encoder_dropout is {self.encoder_dropout!r}; it is a probability in [0, 1)")
 
 
+@dataclass(frozen=True)
+class PrefixTuningConfig(VirtualTokensConfig):
+    """Settings of prefix tuning, as peft's `PrefixTuningConfig`. Raises LoRAError as VirtualTokensConfig does."""
+
+    table: ClassVar[str] = "prefix_tuning"
+    peft_type: ClassVar[str] = "PREFIX_TUNING"
+    in_peft: ClassVar[bool] = False  # it reads the file, but can't run it for RoBERTa with the present transformers
+    places: ClassVar[tuple[str, ...]] = ("key", "value", "position_embeddings")
+
+    prefix_projection: bool = False
+    """Compute the prefixes of all layers from one matrix by a network of two layers, which files do not hold."""
+    encoder_hidden_size: int | None = None
+    """Width of this network; the model's unless set."""
+    init_weights: Literal["zero"] | None = None
+    """Initial values: standard normal numbers, or zero."""
+
+    def wrap_all(self, modules: Mapping[str, nn.Module]) -> dict[str, Adapter]:
+        """The adapters of keys and values, with one projection if there is any, and of positions."""
+        projection: Projection | None = None
+        wrapped: dict[str, Adapter] = {}
+        for name, module in modules.items():
+            if isinstance(module, nn.Embedding):
+                wrapped[name] = LaterPositions(module, self.num_virtual_tokens)
+            elif isinstance(module, nn.Linear):
+                if self.prefix_projection and not self.inference_mode and projection is None:
+                    hidden, like = module.out_features, module.weight
+                    projection = Projection(self.num_virtual_tokens, hidden, self.encoder_hidden_size or hidden)
+                    projection.to(like.device, torch.promote_types(like.dtype, torch.float32))
+                wrapped[name] = PrefixTuning(module, self.num_virtual_tokens, projection, self.init_weights == "zero")
+        return wrapped
+
+    def parameter_key(self, name: str, key: str) -> str:
+        """Key in peft's file: one tensor holds the prefixes of all layers, side by side."""
+        return key
+
+    def without_effect(self) -> dict[str, str]:
+        """The width of a network that there is not."""
+        none = {} if self.prefix_projection else {"encoder_hidden_size": "but prefix_projection is off; turn it on"}
+        return super().without_effect() | none
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init_weights not in (None, "zero"):
+            raise LoRAError(f"{self.table}: init_weights is {self.init_weights!r}; choose zero, or leave it out")
+
+
 METHODS: dict[str, type[MethodConfig]] = {
     config.table: config
     for config in (
@@ -711,6 +758,7 @@ METHODS: dict[str, type[MethodConfig]] = {
         AdaLoRAConfig,
         PromptTuningConfig,
         PTuningConfig,
+        PrefixTuningConfig,
     )
 }
 """Every method by the name of its table."""

@@ -32,6 +32,7 @@ from lora.config import (
     LayerNormConfig,
     LoRAConfig,
     MethodConfig,
+    PrefixTuningConfig,
     PromptTuningConfig,
     PTuningConfig,
     VeRAConfig,
@@ -145,6 +146,7 @@ class RunConfig:
     bottleneck: BottleneckConfig | None = None
     prompt_tuning: PromptTuningConfig | None = None
     p_tuning: PTuningConfig | None = None
+    prefix_tuning: PrefixTuningConfig | None = None
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 

@@ -81,6 +81,12 @@ def test_cards_of_other_runs(run_folder):
     bitfit = card(config=report["config"] | {"lora": None, "bitfit": {"modules_to_save": ["classifier"]}})
     assert "peft does not have this method. First merge" in bitfit and "peft\n" not in bitfit and "with |" not in bitfit
 
+    prompt = {"num_virtual_tokens": 20, "after_first": False}
+    assert "PeftModel" in card(config=report["config"] | {"lora": None, "prompt_tuning": prompt})
+    for alone in ({"prompt_tuning": prompt | {"after_first": True}}, {"prefix_tuning": {"num_virtual_tokens": 20}}):
+        ours = card(config=report["config"] | {"lora": None} | alone)
+        assert "No other library has these methods" in ours and "PeftModel" not in ours and "--export" not in ours
+
     cleaning = report["config"]["data"] | {"cleaning": {"html": True, "punctuation": False, "lowercase": True}}
     cleaned = card(config=report["config"] | {"data": cleaning})
     assert "cleans a text as training did (html, lowercase;" in cleaned
