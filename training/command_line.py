@@ -120,7 +120,10 @@ def parse_options(kind: type[Options], arguments: list[str], *, prog: str, defau
         near = [match for name in names for match in difflib.get_close_matches(name, known, n=1)]
         meant = f"; did you mean {' or '.join(near)}?" if near else ""
         if absent := {
-            section for name in near for section in [name[2:].partition(".")[0]] if _is_off(default, section)
+            section
+            for name in near
+            for section in [name[2:].partition(".")[0].replace("-", "_")]
+            if _is_off(default, section)
         }:
             meant = f"; it needs the table [{min(absent)}] in the TOML file"
         raise ConfigError(f"command line: unknown {' '.join(unknown)}{meant}; --help lists the options")

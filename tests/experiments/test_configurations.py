@@ -1,5 +1,6 @@
 """The committed configurations, compared with the published experiment and with parameter arithmetic."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -7,6 +8,9 @@ import pytest
 
 from experiments.grid import expand, plan
 from experiments.table import Arguments, _trainable, make_table
+from lora.config import METHODS
+from roberta.config import PUBLISHED
+from training.budget import trainable_parameters
 
 FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "agnews"
 QKV, OUT = ("query", "key", "value"), "attention.output.dense"
@@ -76,3 +80,15 @@ def test_the_plan_shows_each_row_and_whether_it_is_within_the_limit(capsys, tmp_
         verdict = "yes" if trainable <= 1_000_000 else "no"
         assert re.search(rf"^{name} +{trainable:,} +{verdict}$", shown, re.MULTILINE), name
     assert not (tmp_path / "table").exists()
+
+
+def test_every_method_has_a_file_within_each_budget():
+    eight = dataclasses.replace(PUBLISHED["minilm"], label_names=tuple("abcdefgh"))
+    within: dict[int, set[str]] = {182_000: set(), 300_000: set()}
+    for run in plan([FOLDER.parent / "methods"], {}, seeds=1):
+        trained = trainable_parameters(eight, run.config.methods)
+        assert trained <= run.config.train.max_trainable
+        for budget, tables in within.items():
+            if trained <= budget:
+                tables |= {method.table for method in run.config.methods}
+    assert within[182_000] == within[300_000] == set(METHODS)
