@@ -28,8 +28,9 @@ from training.config import parse_command_line
 OPTIONS = """
 --data.augmentation.n-aug 1 --train.accumulation-steps 2 --train.batch-size 7 --train.epochs 5 --train.patience 1
 --train.log-every 2 --train.checkpoint-steps 3 --train.eval-batch-size 4 --lora.dropout 0.1
---data.train-rows 32 --train.learning-rate 5e-2 --p-tuning.encoder-dropout 0.5
+--data.train-rows 32 --train.learning-rate 5e-2
 """.split()
+RESUMED = [*OPTIONS, "--p-tuning.encoder-dropout", "0.5"]
 
 
 KINDS = ("train_step", "collate", "log", "fsync", "rename", "replace")
@@ -57,7 +58,7 @@ def no_pages():
 def run_config(one_thread, no_pages, tiny_checkpoint, tmp_path_factory):
     """Settings of the runs; a first one has imported and read what every fork would import and read again."""
     config = write_tiny_config(tiny_checkpoint, write_tiny_data(tmp_path_factory.mktemp("resume")), more=True)
-    arguments = [config, *OPTIONS, "--output", config.with_name("first"), "--train.epochs", 1]
+    arguments = [config, *RESUMED, "--output", config.with_name("first"), "--train.epochs", 1]
     assert train(parse_command_line([str(one) for one in arguments])) == 0
     return config
 
@@ -73,7 +74,7 @@ def command(run_config, tmp_path):
     """Arguments of a run into tmp_path/NAME."""
 
     def arguments(name, *more):
-        return [run_config, *OPTIONS, "--output", tmp_path / name, *more]
+        return [run_config, *RESUMED, "--output", tmp_path / name, *more]
 
     return arguments
 
@@ -82,7 +83,7 @@ def command(run_config, tmp_path):
 def never_interrupted(run_config):
     """A run's folder, its outcome and its events."""
     folder = run_config.with_name("whole")
-    status, events = in_a_fork([run_config, *OPTIONS, "--output", folder])
+    status, events = in_a_fork([run_config, *RESUMED, "--output", folder])
     assert status == 0
     expected = outcome(folder)
     assert (expected[0]["epochs_run"], expected[0]["steps"]) == (3, 15), "it does not stop early"
@@ -184,7 +185,7 @@ def killed_once(run_config, never_interrupted):
     _, _, events = never_interrupted
     renames = [i for i, name in enumerate(events) if name == "rename"]  # of the run folder, then of each checkpoint
     folder = run_config.with_name("cut")
-    in_a_fork([run_config, *OPTIONS, "--output", folder], kill_at=renames[3])
+    in_a_fork([run_config, *RESUMED, "--output", folder], kill_at=renames[3])
     assert len(list((folder / "checkpoint").glob("step-*"))) == 2
     return folder
 
