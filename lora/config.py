@@ -117,6 +117,13 @@ class MethodConfig:
         return f"{self.key_prefix}{name}.{key}"
 
 
+def _check_probability(config: MethodConfig, name: str) -> None:
+    """Raise LoRAError unless the setting `name` is in [0, 1)."""
+    value = getattr(config, name)
+    if not 0 <= value < 1:
+        raise LoRAError(f"{config.table}: {name} is {value!r}; it is a probability in [0, 1)")
+
+
 @dataclass(frozen=True)
 class LinearMethodConfig(MethodConfig):
     """Settings of a method that adapts linear layers, or other layers of one `kind`."""
@@ -273,8 +280,7 @@ class LoRAConfig(LinearMethodConfig):
             )
         if self.use_dora and takes_from_base(self.init):
             raise LoRAError(f"lora: init is {self.init!r}, which use_dora can't be combined with; choose another")
-        if not 0 <= self.dropout < 1:
-            raise LoRAError(f"lora: dropout is {self.dropout!r}; it is a probability in [0, 1)")
+        _check_probability(self, "dropout")
         if self.bias not in ("none", "lora_only", "all"):
             raise LoRAError(f"lora: bias is {self.bias!r}; choose none, lora_only or all")
 
@@ -360,8 +366,7 @@ class AdaLoRAConfig(LinearMethodConfig):
         for name in ("beta1", "beta2"):
             if not 0 < getattr(self, name) < 1:
                 raise LoRAError(f"adalora: {name} is {getattr(self, name)!r}; it must be between 0 and 1")
-        if not 0 <= self.dropout < 1:
-            raise LoRAError(f"adalora: dropout is {self.dropout!r}; it is a probability in [0, 1)")
+        _check_probability(self, "dropout")
         if self.total_step is not None and self.tinit >= self.final_step():
             raise LoRAError(
                 f"adalora: tinit is {self.tinit} and tfinal {self.tfinal}: of {self.total_step} steps they leave none "
@@ -508,8 +513,7 @@ class VeRAConfig(LinearMethodConfig):
         super().__post_init__()
         if self.rank < 1:
             raise LoRAError(f"vera: rank is {self.rank!r}; a rank is an integer, 1 or more")
-        if not 0 <= self.dropout < 1:
-            raise LoRAError(f"vera: dropout is {self.dropout!r}; it is a probability in [0, 1)")
+        _check_probability(self, "dropout")
         if self.bias not in ("none", "vera_only", "all"):
             raise LoRAError(f"vera: bias is {self.bias!r}; choose none, vera_only or all")
 
@@ -695,8 +699,7 @@ class PTuningConfig(PromptConfig):
                 f"{self.table}: encoder_reparameterization_type is {self.encoder_reparameterization_type!r}; choose "
                 "MLP or LSTM"
             )
-        if not 0 <= self.encoder_dropout < 1:
-            raise LoRAError(f"{self.table}: encoder_dropout is {self.encoder_dropout!r}; it is a probability in [0, 1)")
+        _check_probability(self, "encoder_dropout")
 
 
 @dataclass(frozen=True)
