@@ -64,6 +64,7 @@ def weighted_sum(
         settings[0],
         rank=size,
         alpha=float(size),  # a scaling of 1
+        init="default",
         use_rslora=False,
         rank_pattern={},
         alpha_pattern={},
@@ -90,8 +91,10 @@ def sum_of_updates(parts: Sequence[tuple[float, LoRALinear]], rank: int | None =
 
     Of all matrices of rank r, U_r S_r V_r^T is the nearest to D. Source: Eckart & Young 1936.
     """
-    A = torch.cat([weight * adapter.scaling * adapter.lora_A for weight, adapter in parts])
-    B = torch.cat([adapter.lora_B for _, adapter in parts], dim=1)
+    # As in a file, so that an initialisation that starts at B0 A0 (PiSSA, OLoRA) counts from there.
+    held = [(weight * adapter.scaling, adapter.in_file()) for weight, adapter in parts]
+    A = torch.cat([factor * tensors["lora_A"] for factor, tensors in held])
+    B = torch.cat([tensors["lora_B"] for _, tensors in held], dim=1)
     if rank is None:
         return A, B
     U, S, Vh = torch.linalg.svd(B @ A, full_matrices=False)

@@ -147,6 +147,17 @@ def test_a_weighted_sum_equals_pefts(tmp_path, rank):
     assert_close(read(**INPUTS).logits, logits, what="logits of peft with our file")
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_sum_counts_from_where_an_initialisation_starts(tmp_path, init):
+    model = inject_lora(our_copy(reference_model(), tmp_path), LoRAConfig(rank=3, alpha=8, init=init))
+    randomized(model, 5)
+    assert_close(weighted_sum({"a": model}, {"a": 1.0}).eval()(**INPUTS), model(**INPUTS), what="logits of one alone")
+    half = adapters(weighted_sum({"a": model}, {"a": 0.5}))
+    for name, adapter in adapters(model).items():
+        update = adapter.merged()[0] - adapter.base.weight
+        assert_close(half[name].delta_weight(), 0.5 * update, what=f"half of the update of {name}")
+
+
 def test_a_sum_takes_what_it_does_not_sum_from_the_named_model(tmp_path):
     reference = reference_model()
     configs = {
