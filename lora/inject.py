@@ -43,10 +43,16 @@ def wrap_targets(model: nn.Module, *configs: MethodConfig) -> nn.Module:
                 raise LoRAError(f"{other} and {config.table} both adapt {name}; choose other targets for one of them")
     trained = [parameter for config in configs for parameter in trained_parameters(model, config).values()]
     made: dict[str, Adapter] = {}
-    for config, modules in zip(configs, targets, strict=True):
-        for name, adapter in config.wrap_all(modules).items():
-            adapter.config = config
-            made[name] = adapter.train(modules[name].training)  # in the mode of the module
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for config, modules in zip(configs, targets, strict=True):
+            for name, adapter in config.wrap_all(modules).items():
+                adapter.config = config
+                made[name] = adapter.train(modules[name].training)  # in the mode of the module
+    except LoRAError:  # a rank that does not fit a layer; an adapter freezes its base when it is made
+        for parameter, was_trained in before:
+            parameter.requires_grad_(was_trained)
+        raise
 
     model.requires_grad_(False)  # everything; the adapters' parameters are not in the model yet, and are trainable
     for name in sorted(made, key=lambda name: -name.count(".")):  # a module inside another target first

@@ -8,6 +8,7 @@ from lora import (
     LoRAConfig,
     LoRAError,
     LoRALinear,
+    adapters,
     count_parameters,
     inject_lora,
     load_adapter,
@@ -218,3 +219,11 @@ def test_a_shared_tensor_is_counted_once():
     model = Mixer()
     model.second.weight = model.first.weight
     assert count_parameters(model).total == 36 + 6 + 14
+
+
+def test_a_rank_that_no_layer_can_have_changes_nothing():
+    model = nn.ModuleDict({"first": nn.Linear(6, 5), "second": nn.Linear(5, 2)})
+    config = LoRAConfig(rank=4, init="pissa", target_modules=("first", "second"), modules_to_save=())
+    with pytest.raises(LoRAError, match="second has rank 4; it can be 2 at most"):
+        inject_lora(model, config)
+    assert all(parameter.requires_grad for parameter in model.parameters()) and not adapters(model)
