@@ -4,7 +4,8 @@
 
 Reading order for a learner: `train_step` (one optimizer step, with everything that mixed precision and accumulation add
 to it), `train_epoch`, then `train` from top to bottom. Reading the data, the console, checkpoints, signals and the
-report are in `training/`; of that folder only precision, distributed and setup (seeds, batches) affect the numbers.
+report are in `training/`; of that folder only precision, distributed, scoring (a text's loss, which epoch is best) and
+setup (seeds, batches) affect the numbers.
 """
 
 from __future__ import annotations

@@ -511,8 +511,8 @@ class VeRAConfig(LinearMethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank < 1:
-            raise LoRAError(f"vera: rank is {self.rank!r}; a rank is an integer, 1 or more")
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or not 1 <= self.rank < 2**31:
+            raise LoRAError(f"vera: rank is {self.rank!r}; a rank is an integer, 1 or more, below {2**31}")
         _check_probability(self, "dropout")
         if self.bias not in ("none", "vera_only", "all"):
             raise LoRAError(f"vera: bias is {self.bias!r}; choose none, vera_only or all")

@@ -3,7 +3,7 @@
     y = l * (x W^T + b)        l (out,)       keys, values
     y = (l * x) W^T + b        l (in,)        the feed-forward network's second matmul: l scales its input
 
-l starts at one, so training starts exactly at the pretrained model. No method here trains fewer numbers.
+l starts at one, so training starts exactly at the pretrained model.
 Source: Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning",
 section 3.3.
 """
