@@ -539,9 +539,14 @@ class BottleneckConfig(MethodConfig):
     """Numbers of the encoder layers without a bottleneck."""
 
     def targets(self, model: nn.Module) -> dict[str, Any]:
-        """The modules that close the sublayers of the chosen form."""
+        """The modules that close the sublayers of the chosen form, outside fully trained modules."""
         ends = sublayer_ends(model, attention=self.form == "houlsby")
-        return {name: module for name, module in ends.items() if layer_index(name) not in self.leave_out}
+        fully_trained = tuple(f"{name}." for name in fully_trained_modules(model, self))
+        return {
+            name: module
+            for name, module in ends.items()
+            if layer_index(name) not in self.leave_out and not f"{name}.".startswith(fully_trained)
+        }
 
     def wrap(self, base: Any, name: str) -> Adapter:
         """The adapter of the module `base`."""

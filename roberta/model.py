@@ -93,7 +93,7 @@ class SelfAttention(nn.Module):
         if dropout == 0 or kernel_has_dropout(query.device):
             context = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask, dropout_p=dropout)
         else:
-            scores = query @ key.transpose(-1, -2)  # (batch, heads, num_queries, seq), modified in place below
+            scores = query @ key.transpose(-1, -2)  # (batch, heads, num_queries, keys), modified in place below
             scores = scores.div_(math.sqrt(query.shape[-1])).masked_fill_(~key_mask, -math.inf)
             probabilities = torch.softmax(scores, dim=-1)
             context = self.dropout(probabilities) @ value
@@ -204,7 +204,8 @@ class Roberta(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, first_token_only: bool = False) -> Tensor:
         """(batch, seq) ids, (batch, seq) mask (1 or True at real tokens, 0 at padding) -> (batch, seq, hidden).
 
-        With `first_token_only`, the vector of `<s>` alone, (batch, 1, hidden): the same numbers for less work.
+        With `first_token_only`, that of the first token alone, (batch, 1, hidden): the same numbers for less work. It
+        is `<s>`, unless prompt tuning puts virtual tokens in front, which the result then contains too.
         """
         key_mask = attention_mask.bool()[:, None, None, :]  # the same for every head and every query
         return self.encoder(self.embeddings(input_ids, attention_mask), key_mask, first_token_only)

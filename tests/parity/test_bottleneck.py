@@ -21,7 +21,7 @@ from lora.peft_format import load_adapter, read_base_model, save_adapter
 from roberta.config import RobertaConfig
 from roberta.model import AddAndNorm
 from tests.parity.adapterhub import CASES, PATH, logits_of, our_base, our_model, step, twenty_steps, without_head
-from tests.parity.oracle import assert_close, assert_same
+from tests.parity.oracle import assert_close, assert_same, our_copy, reference_model
 
 FOUND = json.loads(PATH.read_text())["cases"]
 HEAD = {"classifier.dense": "heads.topics.1", "classifier.out_proj": "heads.topics.4"}
@@ -216,3 +216,9 @@ def test_dropout_stands_where_the_plain_model_has_it():
 def test_bad_settings(fields, message):
     with pytest.raises(LoRAError, match=message):
         inject_lora(our_base(), BottleneckConfig(**fields))
+
+
+def test_a_sublayer_in_a_fully_trained_module_gets_no_bottleneck(tmp_path):
+    model = our_copy(reference_model(), tmp_path)
+    inject_lora(model, BottleneckConfig(modules_to_save=("layer.1", "classifier")))
+    assert [*adapters(model)] == ["roberta.encoder.layer.0.output"]
