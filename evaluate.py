@@ -38,7 +38,7 @@ from lora.several import Several, share_base
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
 from roberta.tokenizer import TextTokenizer
-from roberta.weights import has_head, load_checkpoint, save_checkpoint
+from roberta.weights import has_head, load_checkpoint, refuse_regression, save_checkpoint
 from training.classes import match_classes, numbered
 from training.command_line import parse_options, run_command
 from training.config import RunConfig, read_config
@@ -147,6 +147,9 @@ def load_trained(arguments: Arguments) -> Trained:
     head_in_adapter = {name for name in shapes if name.startswith("classifier.")}
     head = {f"classifier.{layer}.{kind}" for layer in ("dense", "out_proj") for kind in ("weight", "bias")}
     new_head = not has_head(checkpoint.directory) or head_in_adapter >= head
+    if head_in_adapter >= head:
+        described = own if own.is_file() else checkpoint.directory / "config.json"
+        refuse_regression(described, shapes["classifier.out_proj.weight"])
     model = load_checkpoint(checkpoint.directory, model_config, new_head=new_head)
     methods = load_adapter(model, adapter)  # first, as it names the likely cause where the keys are another model's
     if new_head and head_in_adapter < head:

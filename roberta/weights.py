@@ -22,7 +22,6 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -81,7 +80,8 @@ def load_checkpoint(
         kinds = [f"{key} ({kind})" for key, kind in non_float_tensors(weights).items() if key in keys.values()]
         _refuse(path, "holds no floating-point numbers in", kinds, "use a checkpoint in 16 or 32 bits")
         if not draw_head:
-            _refuse_regression(directory, weights, keys["classifier.out_proj.weight"])
+            key = keys["classifier.out_proj.weight"]
+            refuse_regression(directory / CONFIG_NAME, weights[key].get_slice(key).get_shape())
         # From the file's header, before memory is allocated: config.json may state any size.
         wrong = []
         for name, key in keys.items():
@@ -192,15 +192,14 @@ def _initialise_head(head: nn.Module, config: RobertaConfig) -> None:
             nn.init.normal_(parameter, std=config.initializer_range)
 
 
-def _refuse_regression(directory: Path, weights: dict[str, Any], key: str) -> None:
-    """Raise CheckpointError if the head whose last weight is `key` gives a number instead of classes."""
-    problem = read_json(directory / CONFIG_NAME).get("problem_type")
-    one_output = weights[key].get_slice(key).get_shape()[:1] == [1]
+def refuse_regression(path: Path, shape: list[int]) -> None:
+    """Raise CheckpointError if a head with a last weight of this shape, of the model that the config.json `path`
+    describes, gives a number instead of classes."""
+    problem = read_json(path).get("problem_type")
+    one_output = shape[:1] == [1]
     if problem == "regression" or (one_output and problem != "multi_label_classification"):
         what = "problem_type is 'regression'" if problem == "regression" else "the head has a single output"
-        raise CheckpointError(
-            f"{directory / CONFIG_NAME}: {what}: it predicts a number, not a class; draw a new head (model.new_head)"
-        )
+        raise CheckpointError(f"{path}: {what}: it predicts a number, not a class; draw a new head (model.new_head)")
 
 
 def _refuse_larger_than_memory(path: Path, parameters: int) -> None:

@@ -168,6 +168,24 @@ def self_labelled(folder, tiny_checkpoint, base_names, own_head, stored, file_na
 NUMBERED, FRUIT, MOOD, MAIL = ("LABEL_0", "LABEL_1"), ("zebra", "apple"), ("negative", "positive"), ("spam", "ham")
 
 
+@pytest.mark.parametrize(("names", "problem"), [(("a", "b"), "regression"), (("a",), None)])
+def test_an_adapter_whose_head_predicts_a_number_is_refused(command, tiny_checkpoint, tmp_path, names, problem):
+    base = load_checkpoint(
+        tiny_checkpoint,
+        dataclasses.replace(RobertaConfig.from_file(tiny_checkpoint / "config.json"), label_names=names),
+        new_head=True,
+    )
+    save_checkpoint(base, tmp_path / "base", TextTokenizer.from_directory(tiny_checkpoint, 16))
+    save_adapter(inject_lora(base, LoRAConfig()), tmp_path / "adapter", task_type="SEQ_CLS")
+    described = tmp_path / "base" / "config.json"
+    described.write_text(json.dumps(json.loads(described.read_text()) | {"problem_type": problem}))
+    arguments = [tmp_path / "adapter", "--base", tmp_path / "base", "--text", "oil"]
+    code, _, err = command(*arguments)
+    assert code == EXIT_BAD_INPUT and f"{described}: " in err and "predicts a number, not a class" in err
+    described.write_text(json.dumps(json.loads(described.read_text()) | {"problem_type": "multi_label_classification"}))
+    assert command(*arguments)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("base_names", "own_head", "stored", "file_names", "says"),
     [
