@@ -81,7 +81,8 @@ def panels_of(run: Curves) -> dict[str, tuple[Draw, tuple[float, float]]]:
     if run.validations:
         panels["scores"] = lambda axes: _scores(axes, run), wide
     if report and report["test"] and report["test"]["confusion"]:  # multi-label has none
-        side = min(12, max(4.2, 2.3 + 0.32 * len(report["label_names"])))  # bounded, as the memory is side^2
+        classes = len(report["label_names"])
+        side = min(12 if classes <= _MOST_NAMED else 9, max(4.2, 2.3 + 0.32 * classes))  # the memory is side^2
         panels["confusion"] = lambda axes: _confusion(axes, report), (side + 0.7, side)
     if report and (ranks := report.get("ranks")):
         grid = rank_grid(ranks)
@@ -177,7 +178,7 @@ def legend_above(*sides: Axes) -> None:
 def _confusion(axes: Axes, report: dict[str, Any]) -> None:
     counts, names = np.array(report["test"]["confusion"]), [_tick_label(name) for name in report["label_names"]]
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
+    image = axes.imshow(shares.astype(np.float32), cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
     axes.figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
     axes.set(xlabel="predicted", ylabel="true", title="Test split: texts by class")
     if len(names) > _MOST_NAMED:

@@ -1,5 +1,9 @@
 """Plots of a run: their text is readable for any shape of the curves."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -81,6 +85,27 @@ def test_a_confusion_matrix_has_a_bounded_size_and_no_text_that_is_too_small(cla
     assert [len(axes.texts), len(axes.get_xticklabels()), len(axes.get_yticklabels())] == (
         [classes] * 3 if named else [0, 0, 0]
     )
+
+
+_PEAK = """
+import re, sys
+from pathlib import Path
+from tests.training.test_plots import confusion
+from training.plots import save_png, to_svg
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
+draw, size = confusion([f"class {i}" for i in range(1000)])
+before = peak()
+save_png(draw, Path(sys.argv[1]), size), to_svg(draw, size, "confusion")
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory is read from /proc")
+def test_a_thousand_classes_are_drawn_in_less_than_300_mib(tmp_path):
+    root = Path(__file__).resolve().parents[2]
+    words = [sys.executable, "-c", _PEAK, str(tmp_path / "confusion.png")]
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 300
 
 
 def test_ranks_are_drawn_by_matrix_and_layer_where_a_method_chose_them():
