@@ -1,16 +1,17 @@
 """Compare configurations fairly: each at its best learning rate, chosen on the validation split, over several seeds.
 
-    python -m experiments.compare experiments/methods/small --set data.source=reuters-r8 --output runs/methods-r8
+    python -m experiments.compare experiments/methods --set data.source=reuters-r8 --output runs/methods-r8
 
-Every configuration is tried with the same learning rates, one run each, and the rate with the highest validation
-accuracy (ties: the lower loss) is kept; test scores are not looked at. Then it is run with several seeds. The folder
-contains trials/ and finals/, each a table as of `experiments.table`, with methods.md, the summary, and methods.png,
-accuracy over trained parameters. An interrupted comparison resumes with the same command.
+Every configuration is tried with the same multiples of its own learning rate, one run each, and the rate with the
+highest validation accuracy (ties: the lower loss) is kept; test scores are not looked at. Then it is run with more
+seeds. The folder is a table as of `experiments.table`, with methods.md, the summary, and methods.png, accuracy over
+trained parameters. An interrupted comparison resumes with the same command.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import statistics
 import sys
@@ -42,8 +43,8 @@ class Arguments:
     """TOML files, or folders of TOML files."""
     output: Path = Path("runs/methods")
     """Folder of the comparison."""
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
-    """Learning rates that each configuration is tried with."""
+    factors: tuple[float, ...] = (0.3, 1.0, 3.0)
+    """Each configuration is tried with its own train.learning_rate times each of these."""
     seeds: int = 3
     """Runs of each configuration with its best rate."""
     jobs: int | None = None
@@ -79,33 +80,29 @@ class Result:
 
 def compare(arguments: Arguments) -> int:
     """Run trials and finals, and write the summary. Returns the exit code: 1 if a run failed."""
-    if not arguments.paths or not arguments.rates or arguments.seeds < 1:
-        raise ConfigError("name TOML files or folders, at least one of --rates, and 1 or more --seeds")
+    if not arguments.paths or not arguments.factors or arguments.seeds < 1:
+        raise ConfigError("name TOML files or folders, at least one of --factors, and 1 or more --seeds")
     overrides = dict(map(parse_override, arguments.set))
-
-    def run(planned: list[Planned], part: str) -> int:
-        return run_table(planned, TableArguments((), arguments.output / part, jobs=arguments.jobs, set=arguments.set))
+    table = TableArguments((), arguments.output, jobs=arguments.jobs, set=arguments.set)
 
     planned = plan(list(arguments.paths), overrides, seeds=1)
-    trials = [_at(trial, rate) for trial in planned for rate in arguments.rates]
-    if code := run(trials, "trials"):
+    trials = [[_scaled(run, factor) for factor in arguments.factors] for run in planned]
+    if code := run_table(list(itertools.chain(*trials)), table):
         return code
-    best = [
-        max((_at(trial, rate) for rate in arguments.rates), key=partial(_validation, arguments.output / "trials"))
-        for trial in planned
-    ]
+    best = [max(group, key=partial(_validation, arguments.output)) for group in trials]
     finals = [_seeded(run, seed) for run in best for seed in range(arguments.seeds)]
-    if code := run(finals, "finals"):
+    if code := run_table(finals, table):  # the trial is the run with the first seed
         return code
-    results = [_result(arguments.output / "finals", run, arguments.seeds) for run in best]
+    results = [_result(arguments.output, run, arguments.seeds) for run in best]
     write_text_atomic(arguments.output / "methods.md", summary(results))
     save_png(partial(draw, results=results), arguments.output / "methods.png", (7, 4.4))
     say(f"\n{summary(results)}\nwritten to {arguments.output}/methods.md and .png")
     return 0
 
 
-def _at(run: Planned, rate: float) -> Planned:
-    """The run with a learning rate, which its name tells."""
+def _scaled(run: Planned, factor: float) -> Planned:
+    """The run with its learning rate times `factor`, which its name tells."""
+    rate = float(f"{run.config.train.learning_rate * factor:.3g}")
     train = dataclasses.replace(run.config.train, learning_rate=rate)
     return Planned(f"{run.name}+learning_rate={rate:g}", dataclasses.replace(run.config, train=train))
 
