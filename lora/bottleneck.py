@@ -22,7 +22,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora.adapter import Adapter, adapters, plain_name
+from lora.adapter import Adapter
+from lora.targets import plain_modules
 
 
 class BottleneckAdapter(Adapter):
@@ -69,10 +70,9 @@ def sublayer_ends(model: nn.Module, attention: bool = True) -> dict[str, Any]:
 
     They are known by their parts: dense, dropout and LayerNorm.
     """
-    wrapped = adapters(model)
-    ends = {
-        plain_name(name, wrapped): module
-        for name, module in model.named_modules()
+    return {
+        name: module
+        for name, module in plain_modules(model).items()
         if {"dense", "dropout", "LayerNorm"} <= {part for part, _ in module.named_children()}
+        and (attention or not name.endswith("attention.output"))
     }
-    return {name: module for name, module in ends.items() if attention or not name.endswith("attention.output")}

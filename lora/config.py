@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.adalora import AdaLoRALinear
-from lora.adapter import Adapter, adapters, plain_name
+from lora.adapter import Adapter
 from lora.bottleneck import BottleneckAdapter, sublayer_ends
 from lora.dora import DoRALinear
 from lora.errors import LoRAError
@@ -29,9 +29,11 @@ from lora.targets import (
     check_names,
     expressions,
     fully_trained_modules,
+    inside,
     layer_index,
     matches,
     pattern_value,
+    plain_modules,
     targeted_layers,
 )
 from lora.vera import Projections, VeRALinear
@@ -340,7 +342,7 @@ class AdaLoRAConfig(LinearMethodConfig):
             raise LoRAError(f"adalora: target_r is {self.target_r}, but init_r is {self.init_r}; lower target_r")
         return dataclasses.replace(self, total_step=self.total_step or total_steps)
 
-    def in_file(self, wrapped: Mapping[str, Adapter]) -> MethodConfig:
+    def in_file(self, wrapped: Mapping[str, Any]) -> MethodConfig:
         """With the triplets that are left, if any is pruned. Raises LoRAError without total_step: peft needs it."""
         self.final_step()
         kept = {f"{name}.lora_E": tuple(adapter.kept.tolist()) for name, adapter in wrapped.items()}
@@ -540,12 +542,11 @@ class BottleneckConfig(MethodConfig):
 
     def targets(self, model: nn.Module) -> dict[str, Any]:
         """The modules that close the sublayers of the chosen form, outside fully trained modules."""
-        ends = sublayer_ends(model, attention=self.form == "houlsby")
-        fully_trained = tuple(f"{name}." for name in fully_trained_modules(model, self))
+        fully_trained = fully_trained_modules(model, self)
         return {
             name: module
-            for name, module in ends.items()
-            if layer_index(name) not in self.leave_out and not f"{name}.".startswith(fully_trained)
+            for name, module in sublayer_ends(model, attention=self.form == "houlsby").items()
+            if layer_index(name) not in self.leave_out and not inside(name, fully_trained)
         }
 
     def wrap(self, base: Any, name: str) -> Adapter:
@@ -589,10 +590,11 @@ class VirtualTokensConfig(MethodConfig):
 
     def targets(self, model: nn.Module) -> Mapping[str, nn.Module]:
         """The modules called as in `places`, wherever they are."""
-        wrapped = adapters(model)
-        modules = {plain_name(name, wrapped): module for name, module in model.named_modules()}
-        kinds = (nn.Linear, nn.Embedding)
-        return {name: one for name, one in modules.items() if matches(self.places, name) and isinstance(one, kinds)}
+        return {
+            name: module
+            for name, module in plain_modules(model).items()
+            if matches(self.places, name) and isinstance(module, nn.Linear | nn.Embedding)
+        }
 
     def in_file(self, wrapped: Mapping[str, Adapter]) -> MethodConfig:
         """As in peft's files."""
@@ -600,13 +602,12 @@ class VirtualTokensConfig(MethodConfig):
 
     def check(self, model: nn.Module) -> None:
         """Raise LoRAError for a model without these modules, one of them trained fully, or a setting without effect."""
-        fully_trained = tuple(f"{name}." for name in fully_trained_modules(model, self))
-        targets = self.targets(model)
+        fully_trained, targets = fully_trained_modules(model, self), self.targets(model)
         for place in self.places:
             if not any(matches((place,), name) for name in targets):
                 raise LoRAError(f"{self.table}: the model has no module called {place}; it can't be tuned so")
         for name in targets:
-            if f"{name}.".startswith(fully_trained):
+            if inside(name, fully_trained):
                 raise LoRAError(f"{self.table}: modules_to_save holds {name}, which must be frozen; leave it out")
         for name, why in self.without_effect().items():
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:

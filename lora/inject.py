@@ -13,7 +13,7 @@ from torch import nn
 from lora.adapter import Adapter, adapters, plain_name
 from lora.config import MethodConfig
 from lora.errors import LoRAError
-from lora.targets import fully_trained_modules, within_layer
+from lora.targets import fully_trained_modules, inside, within_layer
 
 
 def inject_lora(model: nn.Module, *configs: MethodConfig) -> nn.Module:
@@ -65,19 +65,23 @@ def wrap_targets(model: nn.Module, *configs: MethodConfig) -> nn.Module:
 
 def trained_parameters(model: nn.Module, config: MethodConfig) -> dict[str, nn.Parameter]:
     """The model's own parameters that `config` trains, by their names in the plain model."""
-    wrapped, targets = adapters(model), config.targets(model)
-    fully_trained = tuple(f"{name}." for name in fully_trained_modules(model, config))
+    fully_trained, targets = fully_trained_modules(model, config), config.targets(model)
     return {
         name: parameter
-        for name, parameter in own_parameters(model, wrapped).items()
-        if name.startswith(fully_trained) or config.trains(name, name.rpartition(".")[0] in targets)
+        for name, parameter in own_parameters(model, adapters(model)).items()
+        if inside(name, fully_trained) or config.trains(name, name.rpartition(".")[0] in targets)
     }
 
 
 def own_parameters(model: nn.Module, wrapped: dict[str, Adapter]) -> dict[str, nn.Parameter]:
     """The parameters that the plain model has, by their names there."""
-    added = {id(value) for adapter in wrapped.values() for value in adapter.own_parameters().values()}
+    added = added_parameters(wrapped)
     return {plain_name(name, wrapped): value for name, value in model.named_parameters() if id(value) not in added}
+
+
+def added_parameters(wrapped: dict[str, Adapter]) -> dict[int, str]:
+    """The id of each parameter that an adapter adds -> the name of the adapter."""
+    return {id(value): name for name, adapter in wrapped.items() for value in adapter.own_parameters().values()}
 
 
 def drop_encoders(model: nn.Module) -> None:
@@ -158,15 +162,13 @@ class ParameterCount:
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Count trainable and total parameters, also for each part of the model."""
     wrapped = adapters(model)
-    added = {
-        id(value): f"{adapter.method} on {within_layer(name)}"
-        for name, adapter in wrapped.items()
-        for value in adapter.own_parameters().values()
-    }
+    added = added_parameters(wrapped)
     parts: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():  # names a shared tensor once
-        plain = plain_name(name, wrapped).split(".")
-        part = added.get(id(parameter)) or ".".join(plain[:2] if len(plain) > 2 else plain[:1])
+        path, owner = plain_name(name, wrapped).split("."), added.get(id(parameter))
+        part = ".".join(path[:2] if len(path) > 2 else path[:1])
+        if owner is not None:
+            part = f"{wrapped[owner].method} on {within_layer(owner)}"
         trainable, total = parts.get(part, (0, 0))
         parts[part] = (trainable + parameter.numel() * parameter.requires_grad, total + parameter.numel())
     return ParameterCount(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lora.adapter import Adapter, adapters, plain_name
+from lora.inject import added_parameters
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class ModelStatus:
 def model_status(model: nn.Module) -> ModelStatus:
     """Every adapter of `model`, and every module of which it trains own parameters."""
     wrapped = adapters(model)
-    added = {id(p): name for name, adapter in wrapped.items() for p in adapter.own_parameters().values()}
+    added = added_parameters(wrapped)
     found: dict[tuple[str, Adapter | None], dict[str, nn.Parameter]] = {}
     for path, parameter in model.named_parameters():
         name, _, own = plain_name(path, wrapped).rpartition(".")

@@ -82,19 +82,25 @@ def _numbers(layers_pattern: str | Collection[str] | None) -> list[str]:
     return [rf"(?:^|.*?\.){item}\.(?P<number>\d+)\." for item in items or () if item]
 
 
+def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of the plain model by their names in it: not adapters, nor what these add, but what they wrap."""
+    wrapped = adapters(model)
+    parts = [child for one in wrapped.values() for name, child in one.named_children() if name != "base"]
+    added = {module for part in parts for module in part.modules()}
+    # An adapter and what it wraps have one plain name; the adapter comes first, so the other replaces it.
+    return {plain_name(name, wrapped): module for name, module in model.named_modules() if module not in added}
+
+
 def targeted_layers(model: nn.Module, config: Any) -> dict[str, nn.Module]:
     """The layers that `config` selects, by their names in the plain model, also if they are wrapped already.
 
     The layers of a fully trained module need no update, so they are never targets (peft's rule).
     """
-    wrapped = adapters(model)
-    fully_trained = tuple(f"{name}." for name in fully_trained_modules(model, config))
-    layers = {plain_name(name, wrapped): m for name, m in model.named_modules() if isinstance(m, config.kind)}
-    added = tuple(f"{name}.{own}." for name, adapter in wrapped.items() for own, _ in adapter.named_children())
+    fully_trained = fully_trained_modules(model, config)
     return {
-        name: layer
-        for name, layer in layers.items()
-        if config.selects(name) and not f"{name}.".startswith((*fully_trained, *added))
+        name: module
+        for name, module in plain_modules(model).items()
+        if isinstance(module, config.kind) and config.selects(name) and not inside(name, fully_trained)
     }
 
 
@@ -110,10 +116,8 @@ def check_names(model: nn.Module, config: Any) -> None:
             f"{config.table}: layers_to_transform: no layer {', '.join(map(str, absent))}; the model has {have}"
         )
 
-    fully_trained = tuple(f"{name}." for name in fully_trained_modules(model, config))
-    candidates = {
-        name: module for name, module in model.named_modules() if name and not f"{name}.".startswith(fully_trained)
-    }
+    fully_trained = fully_trained_modules(model, config)
+    candidates = {name: module for name, module in model.named_modules() if name and not inside(name, fully_trained)}
     for shown, one in _each(config.exclude_modules or ()):
         if not (hits := [name for name in candidates if matches(one, name)]):
             raise LoRAError(
@@ -145,11 +149,16 @@ def _each(names: str | Iterable[str]) -> list[tuple[str, str | tuple[str]]]:
     return [(repr(names), names)] if isinstance(names, str) else [(repr(name), (name,)) for name in names]
 
 
-def fully_trained_modules(model: nn.Module, config: Any) -> dict[str, nn.Module]:
-    """The modules whose name ends in an entry of `config.modules_to_save`, as in peft."""
-    chosen: dict[str, nn.Module] = {}
+def inside(name: str, modules: Iterable[str]) -> bool:
+    """Whether a module or parameter is one of `modules` or in one of them, by their names."""
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
+
+
+def fully_trained_modules(model: nn.Module, config: Any) -> set[str]:
+    """Names of the modules whose name ends in an entry of `config.modules_to_save`, as in peft."""
+    chosen: set[str] = set()
     for wanted in config.modules_to_save:
-        hits = {name: module for name, module in model.named_modules() if matches([wanted], name)}
+        hits = {name for name, _ in model.named_modules() if matches([wanted], name)}
         if not hits:
             children = ", ".join(name for name, _ in model.named_children())
             raise LoRAError(
