@@ -11,6 +11,7 @@ Source: Zhang et al. 2023, "AdaLoRA: Adaptive Budget Allocation for Parameter-Ef
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ class AdaLoRALinear(Adapter):
 
     method = "AdaLoRA"
     peft_keys = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_E": "lora_E"}  # noqa: RUF012  a constant
+    kept: Tensor
     sensitivity: Tensor
     uncertainty: Tensor
 
@@ -62,7 +64,7 @@ class AdaLoRALinear(Adapter):
         rows = self.kept.nonzero().flatten().tolist()
         return {"lora_A": self.lora_A[rows], "lora_B": self.lora_B[:, rows], "lora_E": self.lora_E[rows]}
 
-    def load(self, tensors: Mapping[str, Tensor], planned: Adapter) -> None:
+    def load(self, tensors: Mapping[str, Tensor], planned: Any) -> None:
         """Copy a file's triplets to where they were; the pruned ones become zero."""
         self.kept = planned.kept.to(self.lora_E.device)
         for name, parameter in self.own_parameters().items():

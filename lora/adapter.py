@@ -30,8 +30,6 @@ class Adapter(nn.Module):
     """Maps the name of each of the adapter's parameters to the suffix of its key in peft's file."""
     config: Any = None
     """The settings that it was made by; set by `lora.inject`."""
-    kept: Tensor
-    """Only in a method that prunes: (r,) bool, which parts of the update are left."""
     shares_base = False
     """Whether adapters of other models use the parameters of `base` too; set by `lora.several`."""
 
