@@ -118,12 +118,19 @@ class MethodConfig:
         """Key in peft's file of an adapter's parameter: `name` is that of the wrapped module, `key` of `peft_keys`."""
         return f"{self.key_prefix}{name}.{key}"
 
+    def require(self, name: str, fits: bool, rule: str, value: object = None) -> None:
+        """Raise LoRAError, which states the `rule`, unless the setting `name`, or a `value` in it, fits."""
+        if not fits:
+            raise LoRAError(f"{self.table}: {name} is {getattr(self, name, value)!r}; {rule}")
 
-def _check_probability(config: MethodConfig, name: str) -> None:
-    """Raise LoRAError unless the setting `name` is in [0, 1)."""
-    value = getattr(config, name)
-    if not 0 <= value < 1:
-        raise LoRAError(f"{config.table}: {name} is {value!r}; it is a probability in [0, 1)")
+
+def _is_integer(value: object, least: int = 1, limit: float = 2**31) -> bool:
+    """Whether `value` is an integer from `least` up to below `limit`; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < limit
+
+
+_INTEGER = f"integer, 1 or more, below {2**31}"
+_PROBABILITY = "it is a probability in [0, 1)"
 
 
 @dataclass(frozen=True)
@@ -266,25 +273,21 @@ class LoRAConfig(LinearMethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for where, rank in [("rank", self.rank), *((f"rank_pattern {k!r}", v) for k, v in self.rank_pattern.items())]:
-            if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank < 2**31:
-                raise LoRAError(f"lora: {where} is {rank!r}; a rank is an integer, 1 or more, below {2**31}")
+            self.require(where, _is_integer(rank), f"a rank is an {_INTEGER}", rank)
         alphas = [("alpha", self.alpha), *((f"alpha_pattern {k!r}", v) for k, v in self.alpha_pattern.items())]
         for where, alpha in alphas:
-            if not 0 < alpha < float("inf"):
-                raise LoRAError(f"lora: {where} is {alpha!r}; it must be above 0, as the update is scaled by alpha / r")
-        if not INITS.fullmatch(self.init):
-            raise LoRAError(
-                f"lora: init is {self.init!r}; choose default, gaussian, orthogonal, pissa, pissa_niter_N or olora"
-            )
+            fits = 0 < alpha < math.inf
+            self.require(where, fits, "it must be above 0, as the update is scaled by alpha / r", alpha)
+        inits = "default, gaussian, orthogonal, pissa, pissa_niter_N or olora"
+        self.require("init", bool(INITS.fullmatch(self.init)), f"choose {inits}")
         if self.init == "orthogonal" and (odd := [r for r in (self.rank, *self.rank_pattern.values()) if r % 2]):
             raise LoRAError(
                 f"lora: init is 'orthogonal', which halves the rank, and {odd[0]} is odd; choose an even one"
             )
         if self.use_dora and takes_from_base(self.init):
             raise LoRAError(f"lora: init is {self.init!r}, which use_dora can't be combined with; choose another")
-        _check_probability(self, "dropout")
-        if self.bias not in ("none", "lora_only", "all"):
-            raise LoRAError(f"lora: bias is {self.bias!r}; choose none, lora_only or all")
+        self.require("dropout", 0 <= self.dropout < 1, _PROBABILITY)
+        self.require("bias", self.bias in ("none", "lora_only", "all"), "choose none, lora_only or all")
 
 
 @dataclass(frozen=True)
@@ -356,19 +359,16 @@ class AdaLoRAConfig(LinearMethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        least = {"init_r": 1, "target_r": 1, "tinit": 0, "tfinal": 0, "deltaT": 1, "total_step": 1}
-        for name in least:
+        smallest = {"init_r": 1, "target_r": 1, "tinit": 0, "tfinal": 0, "deltaT": 1, "total_step": 1}
+        for name, least in smallest.items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least[name]):
-                raise LoRAError(f"adalora: {name} is {value!r}; it is an integer, {least[name]} or more")
-        if not 0 < self.alpha < float("inf"):
-            raise LoRAError(f"adalora: alpha is {self.alpha!r}; it must be above 0")
-        if not 0 <= self.orth_reg_weight < float("inf"):
-            raise LoRAError(f"adalora: orth_reg_weight is {self.orth_reg_weight!r}; it must be 0 or more")
+            fits = value is None or _is_integer(value, least, math.inf)
+            self.require(name, fits, f"it is an integer, {least} or more")
+        self.require("alpha", 0 < self.alpha < math.inf, "it must be above 0")
+        self.require("orth_reg_weight", 0 <= self.orth_reg_weight < math.inf, "it must be 0 or more")
         for name in ("beta1", "beta2"):
-            if not 0 < getattr(self, name) < 1:
-                raise LoRAError(f"adalora: {name} is {getattr(self, name)!r}; it must be between 0 and 1")
-        _check_probability(self, "dropout")
+            self.require(name, 0 < getattr(self, name) < 1, "it must be between 0 and 1")
+        self.require("dropout", 0 <= self.dropout < 1, _PROBABILITY)
         if self.total_step is not None and self.tinit >= self.final_step():
             raise LoRAError(
                 f"adalora: tinit is {self.tinit} and tfinal {self.tfinal}: of {self.total_step} steps they leave none "
@@ -488,17 +488,16 @@ class VeRAConfig(LinearMethodConfig):
     bias: Literal["none", "vera_only", "all"] = "none"
     """Biases to train: none, those of the adapted layers, or all."""
 
-    def wrap_all(self, modules: Mapping[str, nn.Module]) -> dict[str, Adapter]:
-        """The adapters of `modules`, around matrices as large as the largest of them needs."""
-        linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
-        inputs = max((linear.in_features for linear in linears.values()), default=0)
-        outputs = max((linear.out_features for linear in linears.values()), default=0)
-        if not linears:
+    def wrap_all(self, modules: Mapping[str, Any]) -> dict[str, Adapter]:
+        """The adapters of the layers `modules`, around matrices as large as the largest of them needs."""
+        if not modules:
             return {}
-        like = next(iter(linears.values())).weight
+        inputs = max(layer.in_features for layer in modules.values())
+        outputs = max(layer.out_features for layer in modules.values())
+        like = next(iter(modules.values())).weight
         like = torch.empty(0, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
         shared = Projections(self.rank, inputs, outputs, self.projection_prng_key, like)
-        return {name: VeRALinear(linear, shared, self.dropout, self.d_initial) for name, linear in linears.items()}
+        return {name: VeRALinear(layer, shared, self.dropout, self.d_initial) for name, layer in modules.items()}
 
     def trains(self, name: str, adapted: bool) -> bool:
         """Biases as `bias` says."""
@@ -513,11 +512,9 @@ class VeRAConfig(LinearMethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or not 1 <= self.rank < 2**31:
-            raise LoRAError(f"vera: rank is {self.rank!r}; a rank is an integer, 1 or more, below {2**31}")
-        _check_probability(self, "dropout")
-        if self.bias not in ("none", "vera_only", "all"):
-            raise LoRAError(f"vera: bias is {self.bias!r}; choose none, vera_only or all")
+        self.require("rank", _is_integer(self.rank), f"a rank is an {_INTEGER}")
+        self.require("dropout", 0 <= self.dropout < 1, _PROBABILITY)
+        self.require("bias", self.bias in ("none", "vera_only", "all"), "choose none, vera_only or all")
 
 
 @dataclass(frozen=True)
@@ -564,10 +561,8 @@ class BottleneckConfig(MethodConfig):
             raise LoRAError("bottleneck: no sublayer is adapted: each ends in a module of dense, dropout and LayerNorm")
 
     def __post_init__(self) -> None:
-        if self.form not in ("pfeiffer", "houlsby"):
-            raise LoRAError(f"bottleneck: form is {self.form!r}; choose pfeiffer or houlsby")
-        if not 1 <= self.reduction_factor < float("inf"):
-            raise LoRAError(f"bottleneck: reduction_factor is {self.reduction_factor!r}; it must be 1 or more")
+        self.require("form", self.form in ("pfeiffer", "houlsby"), "choose pfeiffer or houlsby")
+        self.require("reduction_factor", 1 <= self.reduction_factor < math.inf, "it must be 1 or more")
 
 
 @dataclass(frozen=True)
@@ -620,8 +615,7 @@ class VirtualTokensConfig(MethodConfig):
     def __post_init__(self) -> None:
         for name in ("num_virtual_tokens", "encoder_hidden_size", "encoder_num_layers"):
             value = getattr(self, name, None)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31):
-                raise LoRAError(f"{self.table}: {name} is {value!r}; it is an integer, 1 or more, below {2**31}")
+            self.require(name, value is None or _is_integer(value), f"it is an {_INTEGER}")
 
 
 @dataclass(frozen=True)
@@ -655,10 +649,8 @@ class PromptTuningConfig(PromptConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.prompt_tuning_init not in ("RANDOM", "SAMPLE_VOCAB"):
-            raise LoRAError(
-                f"{self.table}: prompt_tuning_init is {self.prompt_tuning_init!r}; choose RANDOM or SAMPLE_VOCAB"
-            )
+        fits = self.prompt_tuning_init in ("RANDOM", "SAMPLE_VOCAB")
+        self.require("prompt_tuning_init", fits, "choose RANDOM or SAMPLE_VOCAB")
 
 
 @dataclass(frozen=True)
@@ -700,12 +692,9 @@ class PTuningConfig(PromptConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.encoder_reparameterization_type not in ("MLP", "LSTM"):
-            raise LoRAError(
-                f"{self.table}: encoder_reparameterization_type is {self.encoder_reparameterization_type!r}; choose "
-                "MLP or LSTM"
-            )
-        _check_probability(self, "encoder_dropout")
+        fits = self.encoder_reparameterization_type in ("MLP", "LSTM")
+        self.require("encoder_reparameterization_type", fits, "choose MLP or LSTM")
+        self.require("encoder_dropout", 0 <= self.encoder_dropout < 1, _PROBABILITY)
 
 
 @dataclass(frozen=True)
@@ -724,14 +713,14 @@ class PrefixTuningConfig(VirtualTokensConfig):
     init_weights: Literal["zero"] | None = None
     """Initial values: standard normal numbers, or zero."""
 
-    def wrap_all(self, modules: Mapping[str, nn.Module]) -> dict[str, Adapter]:
+    def wrap_all(self, modules: Mapping[str, Any]) -> dict[str, Adapter]:
         """The adapters of keys and values, with one projection if there is any, and of positions."""
         projection: Projection | None = None
         wrapped: dict[str, Adapter] = {}
         for name, module in modules.items():
             if isinstance(module, nn.Embedding):
                 wrapped[name] = LaterPositions(module, self.num_virtual_tokens)
-            elif isinstance(module, nn.Linear):
+            else:
                 if self.prefix_projection and not self.inference_mode and projection is None:
                     hidden, like = module.out_features, module.weight
                     projection = Projection(self.num_virtual_tokens, hidden, self.encoder_hidden_size or hidden)
@@ -750,8 +739,7 @@ class PrefixTuningConfig(VirtualTokensConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init_weights not in (None, "zero"):
-            raise LoRAError(f"{self.table}: init_weights is {self.init_weights!r}; choose zero, or leave it out")
+        self.require("init_weights", self.init_weights in (None, "zero"), "choose zero, or leave it out")
 
 
 METHODS: dict[str, type[MethodConfig]] = {
