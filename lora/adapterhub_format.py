@@ -63,9 +63,8 @@ _HEAD = {"layers": 2, "activation_function": "tanh", "use_pooler": False, "bias"
 _HEAD_LAYERS = {"1": "classifier.dense", "4": "classifier.out_proj"}
 
 
-def is_adapterhub(folder: Path) -> bool:
-    """Whether the settings in a folder are AdapterHub's. Raises LoRAError if they can't be read."""
-    raw = read_json(folder / CONFIG_NAME)
+def is_adapterhub(raw: Mapping[str, Any]) -> bool:
+    """Whether the content `raw` of an adapter_config.json is AdapterHub's."""
     return isinstance(raw.get("config"), dict) and "peft_type" not in raw
 
 
@@ -91,18 +90,16 @@ def file_contents(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[
     return contents | {CONFIG_NAME: _json(about | {"config": config, "name": _NAME})}
 
 
-def read_fields(folder: Path) -> dict[str, Any]:
-    """The settings in a folder as fields of peft's file. Raises LoRAError that names a field that is not supported."""
-    path = folder / CONFIG_NAME
-    raw = read_json(path)
-    config = raw["config"]
+def read_fields(folder: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings `raw` in a folder as peft's fields. Raises LoRAError that names a field that is not supported."""
+    path, config = folder / CONFIG_NAME, raw["config"]
     form = "houlsby" if config.get("mh_adapter") else "pfeiffer"
     _check_fields(path, config, _COMMON, _FORMS[form], _OTHERS)
     if config.get("reduction_factor") is None:
         raise LoRAError(f"{path}: reduction_factor is missing; give the hidden size divided by the bottleneck's width")
     if not isinstance(config.get("leave_out"), list | None):
         raise LoRAError(f"{path}: leave_out is {config['leave_out']!r}; it must be a list of layer numbers")
-    with open_files(folder) as file:
+    with open_files(folder, raw) as file:
         modules = {key.removeprefix(_PREFIX).rpartition(".")[0] for key in file.keys() if ".adapter_" not in key}
     return {
         "peft_type": "BOTTLENECK",
@@ -152,15 +149,18 @@ class Files:
 
 
 @contextlib.contextmanager
-def open_files(folder: Path) -> Iterator[Files]:
-    """The weights and the head in a folder. Raises LoRAError if a file is missing, broken or pickled."""
+def open_files(folder: Path, raw: Mapping[str, Any]) -> Iterator[Files]:
+    """The weights and the head in a folder with the settings `raw`.
+
+    Raises LoRAError if a file is missing, broken or pickled.
+    """
     for wanted, pickled in _PICKLED.items():
         if (folder / pickled).exists() and not (folder / wanted).exists():
             raise LoRAError(
                 f"{folder / pickled}: a pickle can run code, so it is not read; load the adapter in AdapterHub's "
                 "library and save it with use_safetensors=True"
             )
-    part = f".adapters.{read_json(folder / CONFIG_NAME).get('name')}."
+    part = f".adapters.{raw.get('name')}."
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open_weights(folder / WEIGHTS_NAME))
         held = {_PREFIX + key.replace(part, "."): (file, key) for key in file.keys()}

@@ -181,8 +181,7 @@ def _read_weights(
 ) -> dict[str, torch.Tensor]:
     """The tensors that `config` asks for, by their keys, checked before one is read. Raises LoRAError."""
     wanted: dict[str, torch.Tensor] = _saved(model, config, planned)
-    targets = config.targets(model)
-    optional = {_key(name, config, targets): value for name, value in own_parameters(model, adapters(model)).items()}
+    optional = _by_key(own_parameters(model, adapters(model)), model, config)
     path = folder / (adapterhub_format.WEIGHTS_NAME if config.adapterhub else WEIGHTS_NAME)
     with _open_weights(folder) as file:
         held = _plain_keys(file.keys(), wanted.keys() | optional.keys())
@@ -218,7 +217,7 @@ def _copy(
     loaded: dict[str, torch.Tensor], model: nn.Module, config: MethodConfig, planned: Mapping[str, Adapter]
 ) -> None:
     """Copy tensors of a file into the model's parameters."""
-    wrapped, targets = adapters(model), config.targets(model)
+    wrapped = adapters(model)
     own = _adapters_of(config, wrapped)
     of_adapters: dict[str, dict[str, torch.Tensor]] = {name: {} for name in own}
     for key, places in _places(config, {name: planned[name] for name in own}).items():
@@ -227,10 +226,7 @@ def _copy(
             of_adapters[name][parameter] = part
     for name, adapter in own.items():
         adapter.load(of_adapters[name], planned[name])
-    tensors: dict[str, torch.Tensor] = {
-        _key(name, config, targets): value for name, value in own_parameters(model, wrapped).items()
-    }
-    tensors |= config.shared(own)
+    tensors = _by_key(own_parameters(model, wrapped), model, config) | config.shared(own)
     for key, tensor in loaded.items():
         tensors[key].copy_(tensor)
 
@@ -252,24 +248,24 @@ def _plain_keys(keys: Iterable[str], known: Collection[str]) -> dict[str, str]:
     return plain
 
 
-def _key(name: str, config: MethodConfig, targets: Mapping[str, nn.Module]) -> str:
-    """Key in the file of the model's own parameter `name`: "query.bias" -> "...query.base_layer.bias" if the query is a
-    target, "classifier.dense.bias" -> "...classifier.dense.bias" if that is none."""
-    module, _, own = name.rpartition(".")
-    return f"{config.key_prefix}{module}.{config.peft_layer}.{own}" if module in targets else config.key_prefix + name
+def _by_key(parameters: Mapping[str, torch.Tensor], model: nn.Module, config: MethodConfig) -> dict[str, torch.Tensor]:
+    """The model's own `parameters` by their keys in the file: "query.bias" -> "...query.base_layer.bias" if the query
+    is a target, "classifier.dense.bias" -> "...classifier.dense.bias" if that is none."""
+    targets, keyed = config.targets(model), {}
+    for name, value in parameters.items():
+        module, _, own = name.rpartition(".")
+        place = f"{module}.{config.peft_layer}.{own}" if module in targets else name
+        keyed[config.key_prefix + place] = value
+    return keyed
 
 
 def _saved(model: nn.Module, config: MethodConfig, wrapped: Mapping[str, Adapter]) -> dict[str, torch.Tensor]:
     """Key in the file -> tensor, for all that belongs to a method, `wrapped` being its adapters."""
-    trained, targets = trained_parameters(model, config).items(), config.targets(model)
-    return (
-        {_key(name, config, targets): parameter for name, parameter in trained}
-        | config.shared(wrapped)
-        | {
-            key: torch.cat([value for *_, value in places], dim=-1) if len(places) > 1 else places[0][-1]
-            for key, places in _places(config, wrapped).items()
-        }
-    )
+    added = {
+        key: torch.cat([value for *_, value in places], dim=-1) if len(places) > 1 else places[0][-1]
+        for key, places in _places(config, wrapped).items()
+    }
+    return _by_key(trained_parameters(model, config), model, config) | config.shared(wrapped) | added
 
 
 def _places(config: MethodConfig, wrapped: Mapping[str, Adapter]) -> dict[str, list[tuple[str, str, torch.Tensor]]]:
@@ -292,17 +288,18 @@ def _fields(config: type[MethodConfig]) -> dict[str, str]:
     return {ours: theirs for ours, theirs in names.items() if theirs not in config.peft_constants}
 
 
-def _read_fields(folder: Path) -> dict[str, Any]:
-    """The fields of a folder's settings, as peft names them."""
-    if adapterhub_format.is_adapterhub(folder):
-        return adapterhub_format.read_fields(folder)
-    return read_json(folder / CONFIG_NAME)
+def _read_fields(folder: Path) -> tuple[dict[str, Any], bool]:
+    """The fields of a folder's settings, as peft names them, and whether the files are AdapterHub's."""
+    raw = read_json(folder / CONFIG_NAME)
+    adapterhub = adapterhub_format.is_adapterhub(raw)
+    return adapterhub_format.read_fields(folder, raw) if adapterhub else raw, adapterhub
 
 
 def _open_weights(folder: Path) -> AbstractContextManager[Any]:
     """A folder's tensors, by keys as in peft's file."""
-    if adapterhub_format.is_adapterhub(folder):
-        return adapterhub_format.open_files(folder)
+    raw = read_json(folder / CONFIG_NAME)
+    if adapterhub_format.is_adapterhub(raw):
+        return adapterhub_format.open_files(folder, raw)
     return open_weights(folder / WEIGHTS_NAME)
 
 
@@ -312,7 +309,7 @@ def read_base_model(directory: str | Path) -> str | None:
     Raises LoRAError if they can't be read, or give what is not a name.
     """
     folder = adapter_folders(directory)[0]
-    path, raw = folder / CONFIG_NAME, _read_fields(folder)
+    path, (raw, _) = folder / CONFIG_NAME, _read_fields(folder)
     name, revision = raw.get("base_model_name_or_path") or None, raw.get("revision") or "main"
     if name is not None and not isinstance(name, str):
         raise LoRAError(f"{path}: the base model's name is {name!r}; it must be a name")
@@ -331,8 +328,7 @@ def read_adapter_config(directory: str | Path, model: nn.Module | None = None) -
     the file and the field.
     """
     path = Path(directory) / CONFIG_NAME
-    raw = _read_fields(Path(directory))
-    adapterhub = adapterhub_format.is_adapterhub(Path(directory))
+    raw, adapterhub = _read_fields(Path(directory))
     kinds = {config.peft_type: config for config in METHODS.values() if config.adapterhub == adapterhub}
     kind = kinds.get(str(raw.get("peft_type")))
     if kind is None:
