@@ -345,10 +345,10 @@ class AdaLoRAConfig(LinearMethodConfig):
             raise LoRAError(f"adalora: target_r is {self.target_r}, but init_r is {self.init_r}; lower target_r")
         return dataclasses.replace(self, total_step=self.total_step or total_steps)
 
-    def in_file(self, wrapped: Mapping[str, Any]) -> MethodConfig:
+    def in_file(self, wrapped: Mapping[str, Adapter]) -> MethodConfig:
         """With the triplets that are left, if any is pruned. Raises LoRAError without total_step: peft needs it."""
         self.final_step()
-        kept = {f"{name}.lora_E": tuple(adapter.kept.tolist()) for name, adapter in wrapped.items()}
+        kept = {f"{name}.lora_E": tuple(adapter.get_buffer("kept").tolist()) for name, adapter in wrapped.items()}
         return dataclasses.replace(self, kept=None if all(map(all, kept.values())) else kept)
 
     def final_step(self) -> int:
