@@ -1,10 +1,11 @@
 """P-tuning: prompt tuning whose vectors are computed by a small network, as independent ones are hard to train.
 
-    P = MLP(T)                                          T (p, hidden), trained as the network is
-    P = MLP([forward LSTM(T) | backward LSTM(T)])       each virtual token depends on the others
+    P = MLP(T)                                          P, T (p, hidden); T is trained, as the network is
+    P = MLP([forward LSTM(T) | backward LSTM(T)])       [.|.] (p, 2 width): each virtual token depends on the others
 
-MLP is Linear, ReLU, Linear, ReLU, Linear, without the middle pair after an LSTM. Once trained, P is all that is needed:
-a file holds nothing else, and a loaded adapter computes what prompt tuning computes.
+MLP is Linear, ReLU, Linear, ReLU, Linear, of sizes hidden, width, width, hidden; after an LSTM it is Linear, ReLU,
+Linear, of sizes 2 width, 2 width, hidden. Once trained, P is all that is needed: a file holds nothing else, and a
+loaded adapter computes what prompt tuning computes.
 Source: Liu et al. 2021, "GPT Understands, Too", section 3.2; the MLP alone is peft's.
 """
 
@@ -53,14 +54,14 @@ class PTuning(PromptTuning):
 
     def virtual_tokens(self) -> Tensor:
         """P, (p, hidden)."""
-        tokens: Tensor = self.prompt
+        tokens: Tensor = self.prompt  # T, (p, hidden)
         if self.lstm is not None:
             with torch.backends.cudnn.flags(enabled=False):  # its dropout has a state that no checkpoint holds
-                tokens = self.lstm(tokens)[0]
+                tokens = self.lstm(tokens)[0]  # (p, 2 width)
         return tokens if self.mlp is None else self.mlp(tokens)
 
     def in_file(self) -> dict[str, Tensor]:
-        """P, computed without dropout."""
+        """P (p, hidden), computed without dropout."""
         training = self.training
         self.eval()
         prompt = self.virtual_tokens()

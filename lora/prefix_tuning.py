@@ -1,11 +1,15 @@
 """Prefix tuning: in every layer, trained keys and values that the tokens attend to beside those of the text.
 
-    K = [P_k; x W_k^T + b_k],   V = [P_v; x W_v^T + b_v]        P_k, P_v (p, hidden), of each layer its own
+    K = [P_k; x W_k^T + b_k],   V = [P_v; x W_v^T + b_v]        K, V (p + seq, hidden), x (seq, hidden)
 
-The prefix has no queries, so the sequence stays as long as it was, and the head reads <s>. It takes the first p
-positions, and the text those after it, as in peft (with transformers 4.51; with later ones it can't run RoBERTa so).
-With a projection, P_k = M U^T + c, where each P has its own U, c, and all share M = tanh(T W^T + b), (p, width), and
-T (p, hidden). All of these are trained; once they are, the P are all that is needed, and a file holds nothing else.
+Each layer has its own P_k and P_v (p, hidden). The prefix has no queries, so the sequence stays as long as it was, and
+the head reads <s>. It takes the first p positions, and the text those after it, as in peft (with transformers 4.51;
+with later ones it can't run RoBERTa so). With a projection, every P is computed:
+
+    P = M U^T + c           U (hidden, width), c (hidden,), each P has its own
+    M = tanh(T W^T + b)     M (p, width), T (p, hidden), W (width, hidden), b (width,), shared by all
+
+All of these are trained; once they are, the P are all that is needed, and a file holds nothing else.
 Source: Li & Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", sections 4.2 and 4.3.
 """
 
@@ -20,7 +24,7 @@ from lora.adapter import Adapter
 
 
 class Projection(nn.Module):
-    """M = tanh(T W^T + b), (p, width), which the prefixes of all layers are computed from."""
+    """M = tanh(T W^T + b), (p, width): T is `tokens`; W and b are those of `dense`."""
 
     def __init__(self, num_virtual_tokens: int, hidden: int, width: int) -> None:
         super().__init__()
