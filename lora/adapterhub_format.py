@@ -127,24 +127,17 @@ def _check_fields(
             )
 
 
-class Files:
-    """Open safetensors files as one, with keys as in peft's."""
-
-    def __init__(self, held: dict[str, tuple[Any, str]]) -> None:
-        self._held = held
-
-    def keys(self) -> list[str]:
-        """The keys of all tensors."""
-        return [*self._held]
+class Files(dict[str, tuple[Any, str]]):
+    """Open safetensors files as one: key as in peft's -> (file, key there)."""
 
     def get_slice(self, key: str) -> Any:
         """A tensor's type and shape."""
-        file, own = self._held[key]
+        file, own = self[key]
         return file.get_slice(own)
 
     def get_tensor(self, key: str) -> Tensor:
         """A tensor."""
-        file, own = self._held[key]
+        file, own = self[key]
         return file.get_tensor(own)
 
 
@@ -163,14 +156,14 @@ def open_files(folder: Path, raw: Mapping[str, Any]) -> Iterator[Files]:
     part = f".adapters.{raw.get('name')}."
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open_weights(folder / WEIGHTS_NAME))
-        held = {_PREFIX + key.replace(part, "."): (file, key) for key in file.keys()}
+        files = Files((_PREFIX + key.replace(part, "."), (file, key)) for key in file.keys())
         if (folder / _HEAD_WEIGHTS).exists():
             head = stack.enter_context(open_weights(folder / _HEAD_WEIGHTS))
             places = _head_layers(folder / _HEAD_CONFIG)
             for key in head.keys():
                 layer, _, own = key.rpartition(".")
-                held[f"{_PREFIX}{places.get(layer, layer)}.{own}"] = head, key
-        yield Files(held)
+                files[f"{_PREFIX}{places.get(layer, layer)}.{own}"] = head, key
+        yield files
 
 
 def _head_layers(path: Path) -> dict[str, str]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,19 +59,8 @@ def weighted_sum(
     }
     size = rank or max(len(A) for A, _ in sums.values())
     settings: Any = first.adapter_configs
-    config = replace(
-        settings[0],
-        rank=size,
-        alpha=float(size),  # a scaling of 1
-        init="default",
-        use_rslora=False,
-        rank_pattern={},
-        alpha_pattern={},
-        target_modules=tuple(layers),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
-    )
+    others = {name: getattr(settings[0], name) for name in ("dropout", "bias", "modules_to_save")}
+    config = LoRAConfig(rank=size, alpha=float(size), target_modules=tuple(layers), **others)  # a scaling of 1
     summed = copy.deepcopy(first, {id(parameter): parameter for parameter in first.parameters()})
     inject_lora(unload_lora(summed), config)
     made: dict[str, Any] = dict(adapters(summed))
