@@ -6,7 +6,9 @@ from torch import nn
 
 from lora import Adapter, adapters, count_parameters, inject_lora, load_adapter, merge_lora, save_adapter, unload_lora
 from lora import config as config_module
-from lora.config import LoRAConfig
+from lora.config import METHODS, LoRAConfig
+from roberta.config import PUBLISHED
+from roberta.model import RobertaForSequenceClassification
 
 
 class ScaleAndShift(Adapter):
@@ -100,3 +102,10 @@ def test_adapters_have_the_mode_of_the_layer_that_they_wrap(training):
         network().train(training), LoRAConfig(dropout=0.5, target_modules=("first",), modules_to_save=())
     )
     assert {module.training for module in model.modules()} == {training}
+
+
+@pytest.mark.parametrize("kind", METHODS.values(), ids=METHODS)
+def test_settings_and_adapters_agree_on_what_can_be_merged(kind):
+    with torch.device("meta"):
+        model = inject_lora(RobertaForSequenceClassification(PUBLISHED["roberta-base"]), kind())
+    assert kind.merges == all(adapter.can_merge for adapter in adapters(model).values())
