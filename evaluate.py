@@ -34,11 +34,12 @@ from data.sources import LabelledText, Split, listed, load_source, read_unlabell
 from lora.files import atomic_write
 from lora.inject import merge_lora, unload_lora
 from lora.peft_format import adapter_folders, adapter_shapes, load_adapter, read_base_model
+from lora.quantized import dequantize
 from lora.several import Several, share_base
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
 from roberta.tokenizer import TextTokenizer
-from roberta.weights import has_head, load_checkpoint, refuse_regression, save_checkpoint
+from roberta.weights import has_head, refuse_regression, save_checkpoint
 from training.classes import match_classes, numbered
 from training.command_line import parse_options, run_command
 from training.config import RunConfig, read_config
@@ -47,6 +48,7 @@ from training.precision import Compute, choose_compute
 from training.progress import say
 from training.run_folder import RunFolder
 from training.scoring import check_finite, class_names, predict, score
+from training.setup import load_base
 from training.speed import measure_speed, speed_table
 
 _SEPARATOR = "|"  # between the labels of a text in --out
@@ -84,6 +86,8 @@ class Arguments:
     """Write the merged model to this folder, for transformers."""
     base: str | None = None
     """The pretrained checkpoint, by name or folder, instead of the one that the adapter names."""
+    base_bits: Literal[16, 8, 4] | None = None
+    """Bits per weight of the base; those of the training unless given, 16 for an adapter folder."""
     config: Path | None = None
     """Settings that name other data to score and, for an adapter folder, its classes; they do not change the base."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -150,7 +154,8 @@ def load_trained(arguments: Arguments) -> Trained:
     if head_in_adapter >= head:
         described = own if own.is_file() else checkpoint.directory / "config.json"
         refuse_regression(described, shapes["classifier.out_proj.weight"])
-    model = load_checkpoint(checkpoint.directory, model_config, new_head=new_head)
+    bits = arguments.base_bits or config.model.base_bits
+    model = load_base(checkpoint.directory, model_config, new_head, bits)
     methods = load_adapter(model, adapter)  # first, as it names the likely cause where the keys are another model's
     if new_head and head_in_adapter < head:
         raise ConfigError(
@@ -383,6 +388,8 @@ def evaluate(arguments: Arguments) -> int:
     adapters = load_several(arguments) if arguments.adapter else {"": load_trained(arguments)}
     trained = next(iter(adapters.values()))
     if arguments.merged or arguments.export is not None:
+        if dequantize(trained.model):
+            say(f"dequantized the base's weights, to {trained.compute.precision}")
         merge_lora(trained.model)
         say("merged      the adapters are folded into the weights")
 

@@ -23,7 +23,7 @@ from data.batching import Batch, evaluation_batches
 from lora.adalora import allocate_ranks, orthogonality_penalty
 from lora.inject import drop_encoders, inject_lora
 from lora.peft_format import load_adapter, save_adapter
-from roberta.weights import load_checkpoint
+from training.adamw8bit import AdamW8bit
 from training.checkpoint import TrainState
 from training.classes import write_names
 from training.command_line import run_command
@@ -33,7 +33,7 @@ from training.precision import Compute
 from training.progress import say
 from training.recorder import Recorder
 from training.scoring import Scores, predict, score, text_losses
-from training.setup import Inputs, epoch_batches, load_inputs, set_up_process
+from training.setup import Inputs, epoch_batches, load_base, load_inputs, recompute_activations, set_up_process
 
 
 def train_step(
@@ -91,7 +91,8 @@ def make_optimizer(
     weight_decay: float,
     decay_bias_and_norm: bool,
     lora_plus_ratio: float = 1.0,
-) -> torch.optim.AdamW:
+    name: str = "adamw",
+) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters (Loshchilov & Hutter 2017, algorithm 2).
 
     Decay pulls matrices towards zero; biases and LayerNorm's parameters, all vectors, are left alone unless asked
@@ -107,7 +108,7 @@ def make_optimizer(
             decay = weight_decay if decay_bias_and_norm or parameter.ndim > 1 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     filled = [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items() if group]
-    return torch.optim.AdamW(filled, fused=True)
+    return AdamW8bit(filled) if name == "adamw8bit" else torch.optim.AdamW(filled, fused=True)
 
 
 def make_schedule(
@@ -201,7 +202,7 @@ def train(config: RunConfig, world: World = ALONE) -> int:
     compute = set_up_process(settings, world)  # device, number format, seeds
     inputs = load_inputs(config, world)  # text, checkpoint, tokenizer, token ids
 
-    model = load_checkpoint(inputs.checkpoint.directory, inputs.model_config, new_head=inputs.new_head)
+    model = load_base(inputs.checkpoint.directory, inputs.model_config, inputs.new_head, config.model.base_bits)
     total_steps = settings.epochs * inputs.steps_per_epoch
     methods = [method.for_run(total_steps) for method in config.methods]  # AdaLoRA's schedule has the run's length
     inject_lora(model, *methods)  # freezes all but the adapters, the biases asked for, and the head
@@ -209,10 +210,12 @@ def train(config: RunConfig, world: World = ALONE) -> int:
     model.to(compute.device)
     if compute.device.type == "cpu":
         speed_up(model)  # also replaces each nn.Dropout by cpu.dropout.FastDropout: the same distribution of masks
+    if settings.gradient_checkpointing:
+        recompute_activations(model.roberta.encoder)
     train_model = compute.compiled(model, settings.compile)  # the same parameters; only training steps use it
 
     rates = settings.learning_rate, settings.weight_decay, settings.decay_bias_and_norm, settings.lora_plus_ratio
-    optimizer = make_optimizer(model, *rates)
+    optimizer = make_optimizer(model, *rates, settings.optimizer)
     schedule = make_schedule(optimizer, total_steps, round(settings.warmup_fraction * total_steps))
     scaler = compute.grad_scaler()
     state = recorder.start(inputs, compute, model, optimizer, schedule, scaler)  # new, or as a checkpoint holds it

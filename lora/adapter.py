@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.errors import LoRAError
+from lora.quantized import QuantizedLinear, dequantized
 
 
 class Adapter(nn.Module):
@@ -98,7 +99,7 @@ class Adapter(nn.Module):
 
         Exact in real arithmetic; in floating point the outputs differ by rounding. W and b are kept, as subtracting the
         update again would not restore their bits. Raises RuntimeError if the layer is merged already, or in use by
-        other models.
+        other models. A base in fewer bits is dequantized, and stays so.
         Source: Hu et al. 2021, section 4.1, "No Additional Inference Latency".
         """
         if self.is_merged:
@@ -106,6 +107,8 @@ class Adapter(nn.Module):
         if self.shares_base:
             raise RuntimeError("other models use this layer too; load the adapter alone to merge it")
         weight, bias = self.merged()
+        if isinstance(self.base, QuantizedLinear):  # fewer bits would round the update away
+            self.base = dequantized(self.base)
         self._unmerged = self.base.weight.clone(), None if self.base.bias is None else self.base.bias.clone()
         self.base.weight.copy_(weight)
         if bias is not None:

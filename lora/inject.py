@@ -13,6 +13,7 @@ from torch import nn
 from lora.adapter import Adapter, adapters, plain_name
 from lora.config import MethodConfig
 from lora.errors import LoRAError
+from lora.quantized import weight_counts
 from lora.targets import fully_trained_modules, inside, within_layer
 
 
@@ -163,6 +164,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """Count trainable and total parameters, also for each part of the model."""
     wrapped = adapters(model)
     added = added_parameters(wrapped)
+    quantized = weight_counts(model)  # a weight counts as one, however many bits hold it
     parts: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():  # names a shared tensor once
         path, owner = plain_name(name, wrapped).split("."), added.get(id(parameter))
@@ -170,7 +172,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         if owner is not None:
             part = f"{wrapped[owner].method} on {within_layer(owner)}"
         trainable, total = parts.get(part, (0, 0))
-        parts[part] = (trainable + parameter.numel() * parameter.requires_grad, total + parameter.numel())
+        size = quantized.get(id(parameter), parameter.numel())
+        parts[part] = (trainable + size * parameter.requires_grad, total + size)
     return ParameterCount(
         trainable=sum(trainable for trainable, _ in parts.values()),
         total=sum(total for _, total in parts.values()),

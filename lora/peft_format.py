@@ -157,7 +157,9 @@ def load_adapter(model: nn.Module, directory: str | Path) -> tuple[MethodConfig,
 
 def _on_meta(module: nn.Module) -> nn.Module:
     """A copy of `module` on the meta device, without memory."""
-    memo: dict[int, Any] = {id(value): nn.Parameter(value.to("meta")) for value in module.parameters()}
+    memo: dict[int, Any] = {
+        id(value): nn.Parameter(value.to("meta"), value.requires_grad) for value in module.parameters()
+    }
     return copy.deepcopy(module, memo)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from lora.adapter import adapters, plain_name
 from lora.errors import LoRAError
+from lora.quantized import QuantizedLinear
 
 Value = TypeVar("Value")
 
@@ -165,6 +166,9 @@ def fully_trained_modules(model: nn.Module, config: Any) -> set[str]:
                 f"{config.table}: modules_to_save: {wanted!r} matches no module; the model's parts are {children}"
             )
         chosen |= hits
+    for name in chosen:
+        if any(isinstance(part, QuantizedLinear) for part in model.get_submodule(name).modules()):
+            raise LoRAError(f"{config.table}: {name} is quantized, so it can't be trained; use a base in 16 bits")
     return chosen
 
 

@@ -21,6 +21,7 @@ import errno
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -44,13 +45,18 @@ _TOKEN_TYPES = "roberta.embeddings.token_type_embeddings.weight"
 
 
 def load_checkpoint(
-    directory: str | Path, config: RobertaConfig | None = None, *, new_head: bool = False
+    directory: str | Path,
+    config: RobertaConfig | None = None,
+    *,
+    new_head: bool = False,
+    on_meta: Callable[[RobertaForSequenceClassification], None] = lambda model: None,
 ) -> RobertaForSequenceClassification:
     """Build the model of a checkpoint folder (`config.json`, `model.safetensors` or its parts), in float32 on the CPU.
 
     `config` is the folder's own unless given; pass a changed copy to set labels or dropout. The head is read if the
     folder holds one of ours (see `head_of`), unless `new_head`; otherwise its weights are drawn from
-    N(0, initializer_range^2) by torch's global generator, with zero biases.
+    N(0, initializer_range^2) by torch's global generator, with zero biases. `on_meta` may change modules while they
+    have shapes and no values; one without the parameter `weight` gets the checkpoint's by its method `store(weight)`.
 
     Raises CheckpointError if a file is missing or damaged, if a key is missing, unexpected, of another shape or type,
     or not finite (the message lists the keys), if the head that is read is one for regression, or if the model is
@@ -94,16 +100,22 @@ def load_checkpoint(
                 wrong.append(f"{key} ({found}, not {wanted})")
         _refuse(path, "has the wrong shape in", wrong, "config.json describes another model")
 
-        _refuse_larger_than_memory(path, sum(parameter.numel() for parameter in model.parameters()))
+        on_meta(model)
+        _refuse_larger_than_memory(path, sum(parameter.nbytes for parameter in model.parameters()))
         model.to_empty(device="cpu")
         parameters = dict(model.named_parameters())
         if draw_head:
             _initialise_head(model.classifier, config)
+        broken = []
         for name, key in keys.items():
-            _copy(weights[key].get_tensor(key), parameters[name], name, config, bert)
-        # All values are finite if the smallest and the largest are; unlike `isfinite`, this allocates no memory.
-        edges = {name: torch.aminmax(parameters[name].detach()) for name in keys}
-        broken = [keys[name] for name, pair in edges.items() if not all(edge.isfinite() for edge in pair)]
+            source = weights[key].get_tensor(key).float()
+            # All values are finite if the smallest and the largest are; unlike `isfinite`, this allocates no memory.
+            if not all(edge.isfinite() for edge in torch.aminmax(source)):
+                broken.append(key)
+            elif name in parameters:
+                _copy(source, parameters[name], name, config, bert)
+            else:
+                model.get_submodule(name.removesuffix(".weight")).store(source)  # type: ignore[operator]
         _refuse(path, "has values that are not finite in", broken, "fetch the checkpoint again, or use another")
     return model
 
@@ -202,12 +214,12 @@ def refuse_regression(path: Path, shape: list[int]) -> None:
         raise CheckpointError(f"{path}: {what}: it predicts a number, not a class; draw a new head (model.new_head)")
 
 
-def _refuse_larger_than_memory(path: Path, parameters: int) -> None:
-    """Raise CheckpointError if that many float32 parameters exceed the memory of this machine."""
+def _refuse_larger_than_memory(path: Path, size: int) -> None:
+    """Raise CheckpointError if parameters of that many bytes exceed the memory of this machine."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if 4 * parameters > memory:
+    if size > memory:
         raise CheckpointError(
-            f"{path}: {parameters:,} parameters take {4 * parameters / 2**30:,.0f} GiB of memory, and this machine has "
+            f"{path}: its parameters take {size / 2**30:,.0f} GiB of memory, and this machine has "
             f"{memory / 2**30:,.0f}; use a smaller checkpoint"
         )
 

@@ -55,6 +55,25 @@ def test_the_test_split_scores_as_training_printed(command, finished):
     assert line.split("loss")[0] in merged
 
 
+def test_a_run_over_a_base_in_4_bits(command, tiny_config, tmp_path):
+    """Scored, continued and exported over the same base; `--base-bits 16` gives another function."""
+    folder = tmp_path / "run4"
+    options = [str(tiny_config), "--model.base-bits", "4", "--train.epochs", "1", "--output", str(folder)]
+    assert train(parse_command_line(options)) == 0
+    scores = json.loads((folder / "report.json").read_text())["test"]
+    _, out, _ = command(folder)
+    assert f"loss {scores['loss']:.4f}" in out
+    _, exact, _ = command(folder, "--base-bits", 16)
+    assert f"loss {scores['loss']:.4f}" not in exact
+    assert "4 bits" in (folder / "README.md").read_text()
+    _, text, _ = command(folder, "--text", "oil price")
+    code, out, _ = command(folder, "--text", "oil price", "--export", tmp_path / "merged")
+    assert code == 0 and "dequantized the base's weights" in out and text.splitlines()[-1] in out
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    levels = theirs.roberta.encoder.layer[0].intermediate.dense.weight.unique()
+    assert len(levels) <= 16 * 48 * 32 // 64, "the export is not of the base that was trained on"
+
+
 def probabilities(line):
     words = line.split()
     return dict(zip(words[0:4:2], map(float, words[1:4:2]), strict=True))

@@ -1,9 +1,10 @@
 """Exact resume: a run killed anywhere and resumed ends with the bits of a run never interrupted.
 
 The runs here have everything on that could make a difference: dropout, EDA, accumulation, a short last batch, early
-stopping, AdaLoRA's pruning, P-tuning's network. They are short: 5 steps in each of 3 epochs, of which the last brings
-nothing better. A killed run is a real process, a fork of this one, that gets SIGKILL before its k-th event: an
-optimizer step, a batch of an evaluation, a logged line, a flush or a rename of a file.
+stopping, AdaLoRA's pruning, P-tuning's network, a base in 4 bits, moments in 8, recomputed activations. They are
+short: 5 steps in each of 3 epochs, of which the last brings nothing better. A killed run is a real process, a fork of
+this one, that gets SIGKILL before its k-th event: an optimizer step, a batch of an evaluation, a logged line, a flush
+or a rename of a file.
 """
 
 import copy
@@ -21,7 +22,7 @@ import train as train_module
 from tests.conftest import write_tiny_config, write_tiny_data
 from tests.forked import outcome, run_forked
 from train import train
-from training import checkpoint, recorder
+from training import adamw8bit, checkpoint, recorder
 from training.command_line import EXIT_BAD_INPUT, run_command
 from training.config import parse_command_line
 
@@ -29,6 +30,7 @@ OPTIONS = """
 --data.augmentation.n-aug 1 --train.accumulation-steps 2 --train.batch-size 7 --train.epochs 5 --train.patience 1
 --train.log-every 2 --train.checkpoint-steps 3 --train.eval-batch-size 4 --lora.dropout 0.1
 --data.train-rows 32 --train.learning-rate 5e-2
+--model.base-bits 4 --train.optimizer adamw8bit --train.gradient-checkpointing
 """.split()
 RESUMED = [*OPTIONS, "--p-tuning.encoder-dropout", "0.5"]
 
@@ -51,6 +53,7 @@ def no_pages():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recorder, "draw_plots", lambda folder: None)
         patch.setattr(recorder, "write_html_report", lambda folder: None)
+        patch.setattr(adamw8bit, "_SMALLEST", 64)  # tensors here are small
         yield
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import resource
 import shlex
 import signal
@@ -144,6 +145,18 @@ def test_early_stopping_by_patience(run, tiny_config, tiny_data, monkeypatch):
     report = json.loads((tiny_data / "run" / "report.json").read_text())
     assert code == 0 and report["best_epoch"] == 1 and report["epochs_run"] == 3
     assert "stopping early" in out
+
+
+def test_recomputed_activations_give_the_same_bits(run, tiny_config, tiny_data):
+    """With dropout: the second forward pass draws the masks of the first."""
+    metrics = {}
+    for flag in ("no-gradient-checkpointing", "gradient-checkpointing"):
+        options = ["--model.hidden-dropout", 0.2, "--model.attention-dropout", 0.2, "--lora.dropout", 0.2]
+        output = tiny_data / flag
+        assert run(tiny_config, *options, f"--train.{flag}", "--train.epochs", 1, "--output", output)[0] == 0
+        metrics[flag] = [re.findall(r'"loss": [^,]+', line) for line in (output / "metrics.jsonl").open()]
+    first, second = metrics.values()
+    assert first == second and first
 
 
 def test_accumulation_steps_and_padding_settings_are_used(run, tiny_config, tiny_data):

@@ -49,6 +49,8 @@ class ModelConfig:
     """roberta-base, roberta-large, minilm, a hub id, or a folder."""
     new_head: bool = False
     """Initialize a new head even if the checkpoint holds one."""
+    base_bits: Literal[16, 8, 4] = 16
+    """Bits per weight of the encoder's frozen matrices: 8 (integers), 4 (NF4), or 16: in train.precision's format."""
     hidden_dropout: float | None = None
     """Dropout after embeddings, attention and feed-forward; the checkpoint's value unless set."""
     attention_dropout: float | None = None
@@ -71,6 +73,8 @@ class TrainConfig:
     """Forward passes whose gradients are accumulated before each optimizer step."""
     eval_batch_size: int = 64
     """Texts in one forward pass when scoring."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit stores AdamW's two moments in 8 bits each: 2 bytes per trained parameter instead of 8."""
     learning_rate: float = 5e-4
     """Peak learning rate."""
     lora_plus_ratio: float = 1.0
@@ -93,6 +97,8 @@ class TrainConfig:
     """Where to train: auto uses a GPU if there is one."""
     compile: Literal["off", "on", "cuda-graphs"] = "off"
     """Compile the model with torch.compile, for long runs on a GPU: takes a minute before the first step."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
     seed: int = 0
     """Seeds Python, numpy, torch, the validation split, EDA and the order of batches."""
     deterministic: bool = False

@@ -26,6 +26,7 @@ def write_model_card(folder: RunFolder) -> None:
     base = read_base_model(folder.adapter) or config["model"]["checkpoint"]
     facts = {
         "base model": base,
+        "base weights": f"{bits} bits" if (bits := config["model"]["base_bits"]) < 16 else "",
         "data": report["origins"]["data"],
         "trained": ", ".join(trained),
         "with": ", ".join(f"{name} {value:g}" for name, value in numbers),

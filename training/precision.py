@@ -54,7 +54,7 @@ class Compute:
         for module in encoder.modules():
             if isinstance(module, nn.Linear):
                 for parameter in module.parameters(recurse=False):
-                    if not parameter.requires_grad:
+                    if not parameter.requires_grad and parameter.is_floating_point():
                         parameter.data = parameter.data.to(self.dtype)
 
     def compiled(self, model: nn.Module, how: str) -> nn.Module:

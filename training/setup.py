@@ -6,18 +6,23 @@ import dataclasses
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from data.assets import Checkpoint, fetch_checkpoint, sha256_of
 from data.augmentation import augment_texts, check_script
 from data.batching import WIDTH_MULTIPLE, Batch, EncodedSplit, encode_split, training_batches
 from data.sources import LabelledText, Split, load_source
+from lora.quantized import quantize
 from roberta.config import RobertaConfig
 from roberta.files import weight_files
+from roberta.model import Encoder, RobertaForSequenceClassification
 from roberta.tokenizer import TextTokenizer
-from roberta.weights import head_of
+from roberta.weights import head_of, load_checkpoint
 from training.budget import check_budget
 from training.classes import match_classes
 from training.config import RunConfig, TrainConfig
@@ -136,6 +141,22 @@ def load_inputs(config: RunConfig, world: World) -> Inputs:
     batches = -(-texts // settings.batch_size)
     steps_per_epoch = -(-batches // settings.accumulation_steps)
     return Inputs(text, checkpoint, model_config, tokenizer, splits, new_head, steps_per_epoch)
+
+
+def load_base(directory: Path, config: RobertaConfig, new_head: bool, bits: int) -> RobertaForSequenceClassification:
+    """The model of a checkpoint (`load_checkpoint`); below 16 bits, with the encoder's matrices quantized as read."""
+    on_meta = (lambda model: quantize(model.roberta, bits)) if bits < 16 else (lambda model: None)
+    return load_checkpoint(directory, config, new_head=new_head, on_meta=on_meta)
+
+
+def recompute_activations(encoder: Encoder) -> None:
+    """Keep only the input of each layer until the backward pass, which computes the rest again, dropout masks included.
+
+    Memory for one layer's activations instead of all, for one more forward pass. Source: Chen et al. 2016, "Training
+    Deep Nets with Sublinear Memory Cost", section 3, with a segment per layer.
+    """
+    for layer in encoder.layer:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def epoch_batches(

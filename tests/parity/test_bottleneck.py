@@ -200,7 +200,7 @@ def test_dropout_stands_where_the_plain_model_has_it():
     for each in (model, adapted):
         torch.manual_seed(1)
         logits.append(logits_of(each))
-    assert torch.equal(*logits)
+    assert_close(*logits, 1e-14)  # other masks would change the first digit; some CPUs sum in another order
 
 
 @pytest.mark.parametrize(

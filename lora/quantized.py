@@ -1,0 +1,181 @@
+"""Frozen weights in fewer bits: each block of numbers becomes codes of a small table, and the block's largest number.
+
+    8 bits   rows:  a_i = max_j |W_ij|,  q_ij = round(127 W_ij / a_i),  W'_ij = a_i q_ij / 127
+    4 bits   blocks of 64 numbers:  a_k = max |w|,  q = the nearest of 16 levels to w / a_k,  w' = a_k levels[q]
+
+In 4 bits the a_k, an eighth of all memory, are quantized too ("double quantization"): their mean is subtracted, and
+blocks of 256 of them are stored in 8 bits each. That makes 4.127 bits per weight, and 8 + 32 / in in 8 bits.
+The weights are never trained; adapters beside them stay in float32.
+Sources: Dettmers et al. 2022, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", section 2.1 (weights
+alone: inputs are not quantized here); Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", section 3.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora.errors import LoRAError
+
+BLOCK = 64  # weights that share one a_k
+_STATISTICS_BLOCK = 256  # a_k that share one scale
+
+# NormalFloat: quantiles of N(0, 1), scaled to [-1, 1], one of them zero. Source: Dettmers et al. 2023, appendix E.
+# fmt: off
+NF4 = torch.tensor([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+])
+# fmt: on
+_NF4_PAIRS = torch.complex(NF4.repeat_interleave(16), NF4.repeat(16))  # (256,): the two levels that a byte stands for
+
+
+def dynamic_levels(signed: bool) -> Tensor:
+    """256 levels in [-1, 1] or [0, 1], sparse near 1 and dense near 0.
+
+    For each exponent e = 0 ... 6: 10^(e - 6) times the middles of an even division of [0.1, 1] into 2^e parts, with
+    both signs, or into 2^(e + 1) parts; and 0 and 1.
+    Source: Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization", section 1.3.
+    """
+    levels = [0.0, 1.0]
+    for e in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** (e if signed else e + 1) + 1)
+        middles = 10 ** (e - 6) * ((edges[:-1] + edges[1:]) / 2)
+        levels += [*middles.tolist(), *(-middles if signed else middles[:0]).tolist()]
+    return torch.tensor(sorted(levels))
+
+
+SIGNED, UNSIGNED = dynamic_levels(signed=True), dynamic_levels(signed=False)
+
+
+def quantize_blocks(x: Tensor, levels: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Codes (n,) uint8 of the n numbers of x, and the largest |x| of each block, (ceil(n / block),), in float32.
+
+    A code is the index of the level nearest to x / absmax. The last block may be shorter.
+    """
+    n = x.numel()
+    blocks = F.pad(x.flatten().float(), (0, -n % block)).view(-1, block)
+    absmax = blocks.abs().amax(dim=1)
+    scaled = (blocks * (1 / absmax.clamp(min=1e-38))[:, None]).clamp(-1, 1)
+    middles = ((levels[:-1] + levels[1:]) / 2).to(x.device)
+    return torch.bucketize(scaled, middles, out_int32=True).flatten()[:n].to(torch.uint8), absmax
+
+
+def dequantize_blocks(codes: Tensor, absmax: Tensor, levels: Tensor, block: int) -> Tensor:
+    """levels[codes] * absmax of their block: (n,) in float32."""
+    n = codes.numel()
+    values = F.pad(levels.to(codes.device)[codes.int()], (0, -n % block)).view(-1, block)
+    return (values * absmax[:, None]).flatten()[:n]
+
+
+class QuantizedLinear(nn.Linear):
+    """A frozen `nn.Linear` that stores W (out, in) in 8 or 4 bits: y = x W'^T + b, W' dequantized when it is read.
+
+    The bias keeps its format. Statistics are the bits of float32 in tensors of integers: casting the model does not
+    round them. Raises LoRAError for other bits; in 4 bits, if 64 does not divide the number of weights.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    absmax_codes: Tensor
+    offset: Tensor
+
+    def __init__(self, layer: nn.Linear, bits: int) -> None:
+        nn.Module.__init__(self)
+        if not isinstance(layer, nn.Linear):
+            raise LoRAError(f"{type(layer).__name__} can't be quantized, only nn.Linear can")
+        self.in_features, self.out_features, self.bits = layer.in_features, layer.out_features, bits
+        self.bias = layer.bias
+        if bits not in (8, 4):
+            raise LoRAError(f"a base in {bits} bits: choose 8, 4, or 16 for weights that are not quantized")
+        if bits == 4 and layer.weight.numel() % BLOCK:
+            shape = f"{self.out_features} x {self.in_features}"
+            raise LoRAError(f"a weight of {shape} in 4 bits: blocks of {BLOCK} do not divide it; choose 8 bits")
+        for name, tensor in self._encode(layer.weight.detach()).items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    def _encode(self, weight: Tensor) -> dict[str, Tensor]:
+        """What is stored of W, by name."""
+        if self.bits == 8:
+            absmax = weight.float().abs().amax(dim=1)  # (out,)
+            codes = (weight * (127 / absmax.clamp(min=1e-38))[:, None]).round().to(torch.int8)  # (out, in)
+            return {"codes": codes, "absmax": absmax.view(torch.int32)}
+        codes, absmax = quantize_blocks(weight, NF4, BLOCK)
+        offset = absmax.mean()
+        absmax_codes, absmax = quantize_blocks(absmax - offset, SIGNED, _STATISTICS_BLOCK)
+        stored = {"codes": codes[0::2] << 4 | codes[1::2], "absmax_codes": absmax_codes}  # two weights per byte
+        return stored | {"absmax": absmax.view(torch.int32), "offset": offset.view(torch.int32)}
+
+    @torch.no_grad()
+    def store(self, weight: Tensor) -> None:
+        """Quantize W (out, in)."""
+        for name, tensor in self._encode(weight).items():
+            getattr(self, name).copy_(tensor)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """W' (out, in), in the format of the bias."""
+        absmax = self.absmax.view(torch.float32)
+        if self.bits == 8:
+            values = self.codes * absmax[:, None] * (1 / 127)
+        else:
+            absmax = dequantize_blocks(self.absmax_codes, absmax, SIGNED, _STATISTICS_BLOCK)
+            pairs = _NF4_PAIRS.to(self.codes.device).index_select(0, self.codes.int())  # (out * in / 2,)
+            values = torch.view_as_real(pairs).view(-1, BLOCK) * (absmax + self.offset.view(torch.float32))[:, None]
+        return values.view(self.out_features, -1).to(torch.float32 if self.bias is None else self.bias.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        y = _Matmul.apply(x, self)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class _Matmul(torch.autograd.Function):
+    """x W'^T, (..., in) -> (..., out); W' is dequantized again for the backward pass, not kept until then."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
+        return grad_y @ ctx.layer.weight.to(grad_y.dtype), None
+
+
+def quantize(model: nn.Module, bits: int) -> None:
+    """Replace every `nn.Linear` of `model` by a `QuantizedLinear`, in place; also on the meta device.
+
+    Raises LoRAError as that does, or if the model carries adapters or has no such layer.
+    """
+    layers = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    if hasattr(model, "adapter_configs") or not layers:
+        raise LoRAError("the model carries adapters; quantize it first" if layers else "no linear layer to quantize")
+    for name, layer in layers.items():
+        model.set_submodule(name, QuantizedLinear(layer, bits).train(layer.training))
+
+
+def dequantized(layer: QuantizedLinear) -> nn.Linear:
+    """A plain `nn.Linear` with W'."""
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta").train(layer.training)
+    linear.weight, linear.bias = nn.Parameter(layer.weight, requires_grad=False), layer.bias
+    return linear
+
+
+def dequantize(model: nn.Module) -> int:
+    """Replace every `QuantizedLinear` by a plain `nn.Linear`, in place. Returns how many there were."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    for name, layer in layers.items():
+        model.set_submodule(name, dequantized(layer))
+    return len(layers)
+
+
+def weight_counts(model: nn.Module) -> dict[int, int]:
+    """How many weights a stored tensor of a quantized layer, by its id, stands for: the codes for all of W."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    stored = [(layer, tensor) for layer in layers for tensor in layer.parameters() if tensor is not layer.bias]
+    return {id(tensor): layer.out_features * layer.in_features * (tensor is layer.codes) for layer, tensor in stored}
