@@ -85,14 +85,7 @@ def train_step(
     return step_loss
 
 
-def make_optimizer(
-    model: nn.Module,
-    learning_rate: float,
-    weight_decay: float,
-    decay_bias_and_norm: bool,
-    lora_plus_ratio: float = 1.0,
-    name: str = "adamw",
-) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, settings: TrainConfig) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters (Loshchilov & Hutter 2017, algorithm 2).
 
     Decay pulls matrices towards zero; biases and LayerNorm's parameters, all vectors, are left alone unless asked
@@ -101,14 +94,15 @@ def make_optimizer(
     "Fused": one pass over each tensor (one kernel on a GPU) instead of one for each term of the formula.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    groups[learning_rate, weight_decay] = []  # A's comes first: the first group's rate is logged
+    groups[settings.learning_rate, settings.weight_decay] = []  # A's comes first: the first group's rate is logged
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = learning_rate * (lora_plus_ratio if name.endswith("lora_B") or parameter.ndim <= 1 else 1)
-            decay = weight_decay if decay_bias_and_norm or parameter.ndim > 1 else 0.0
+            ratio = settings.lora_plus_ratio if name.endswith("lora_B") or parameter.ndim <= 1 else 1.0
+            rate = settings.learning_rate * ratio
+            decay = settings.weight_decay if settings.decay_bias_and_norm or parameter.ndim > 1 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     filled = [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items() if group]
-    return AdamW8bit(filled) if name == "adamw8bit" else torch.optim.AdamW(filled, fused=True)
+    return AdamW8bit(filled) if settings.optimizer == "adamw8bit" else torch.optim.AdamW(filled, fused=True)
 
 
 def make_schedule(
@@ -214,8 +208,7 @@ def train(config: RunConfig, world: World = ALONE) -> int:
         recompute_activations(model.roberta.encoder)
     train_model = compute.compiled(model, settings.compile)  # the same parameters; only training steps use it
 
-    rates = settings.learning_rate, settings.weight_decay, settings.decay_bias_and_norm, settings.lora_plus_ratio
-    optimizer = make_optimizer(model, *rates, settings.optimizer)
+    optimizer = make_optimizer(model, settings)
     schedule = make_schedule(optimizer, total_steps, round(settings.warmup_fraction * total_steps))
     scaler = compute.grad_scaler()
     state = recorder.start(inputs, compute, model, optimizer, schedule, scaler)  # new, or as a checkpoint holds it

@@ -25,6 +25,7 @@ from lora.inject import inject_lora
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
 from train import make_optimizer, make_schedule, train_step
+from training.config import TrainConfig
 from training.distributed import ALONE, World
 from training.precision import Compute
 
@@ -92,7 +93,7 @@ def placed(model: nn.Module, compute: Compute) -> nn.Module:
 def our_step(model: nn.Module, compute: Compute, world: World = ALONE) -> Callable[[Batch], Tensor]:
     """The program's own `train_step`, prepared as train.py prepares it."""
     compute.cast_frozen(model.roberta)
-    optimizer = make_optimizer(model, 5e-4, 0.01, False)
+    optimizer = make_optimizer(model, TrainConfig(learning_rate=5e-4))
     schedule, scaler = make_schedule(optimizer, 1000, 0), compute.grad_scaler()
     return lambda batch: train_step(model, [batch], optimizer, schedule, scaler, compute, 1.0, world)
 

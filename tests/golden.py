@@ -24,6 +24,7 @@ from lora.inject import inject_lora
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
 from train import make_optimizer, make_schedule, train_step
+from training.config import TrainConfig
 from training.precision import Compute
 
 FILE = Path(__file__).with_name("golden.json")
@@ -77,7 +78,7 @@ def run(dropout: float) -> dict[str, list[float]]:
     torch.manual_seed(0)
     compute = Compute(torch.device("cpu"), "fp32")  # no autocast: the matmuls are float64 as their operands are
     model = model_of(dropout).train()
-    optimizer = make_optimizer(model, 5e-3, 0.01, decay_bias_and_norm=False)
+    optimizer = make_optimizer(model, TrainConfig(learning_rate=5e-3))
     schedule, scaler = make_schedule(optimizer, STEPS, 5), compute.grad_scaler()
     found = {
         "losses": [

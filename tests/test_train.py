@@ -26,7 +26,7 @@ from tests.conftest import tiny_rows, tiny_tokenizer
 from train import make_optimizer, train
 from training import recorder, scoring, setup
 from training.command_line import EXIT_BAD_INPUT, EXIT_INTERRUPTED, run_command
-from training.config import parse_command_line, read_config
+from training.config import TrainConfig, parse_command_line, read_config
 from training.progress import program
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -208,9 +208,11 @@ def test_a_picture_that_fails_takes_no_scores_with_it(run, tiny_config, tiny_dat
 def test_weight_decay_excludes_vectors_unless_asked_for():
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
     model[0].weight.requires_grad_(False)
-    groups = make_optimizer(model, 1e-3, 0.1, decay_bias_and_norm=False).param_groups
+    groups = make_optimizer(model, TrainConfig(learning_rate=1e-3, weight_decay=0.1)).param_groups
     assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(3, 0.0)]
-    groups = make_optimizer(model, 1e-3, 0.1, decay_bias_and_norm=True).param_groups
+    groups = make_optimizer(
+        model, TrainConfig(learning_rate=1e-3, weight_decay=0.1, decay_bias_and_norm=True)
+    ).param_groups
     assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(3, 0.1)]
 
 

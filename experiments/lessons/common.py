@@ -34,6 +34,7 @@ from roberta.tokenizer import TextTokenizer
 from roberta.weights import load_checkpoint
 from train import make_optimizer, make_schedule, train_step
 from training.command_line import parse_options, run_command
+from training.config import TrainConfig
 from training.plots import PALETTE, smoothed
 from training.precision import Compute
 from training.progress import say
@@ -104,7 +105,7 @@ def fit(
     after_step: Callable[[], None] = lambda: None,
 ) -> list[float]:
     """Train on each batch once with `train.train_step`. Returns the loss of each step in nats."""
-    optimizer = make_optimizer(model, learning_rate, 0.01, decay_bias_and_norm=False)
+    optimizer = make_optimizer(model, TrainConfig(learning_rate=learning_rate))
     schedule = make_schedule(optimizer, len(batches), min(WARMUP_STEPS, len(batches) // 2))
     scaler = scaler or compute.grad_scaler()
     model.train()

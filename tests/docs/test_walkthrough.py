@@ -19,6 +19,7 @@ from roberta.model import RobertaForSequenceClassification
 from roberta.tokenizer import TextTokenizer
 from tests.parity.oracle import deviation
 from train import make_optimizer, make_schedule, train_step
+from training.config import TrainConfig
 from training.precision import Compute
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "walkthrough.md").read_text(encoding="utf-8")
@@ -218,7 +219,7 @@ def test_steps_of_adamw(batch):
     )
     model = inject_lora(RobertaForSequenceClassification(config).double().eval(), LoRAConfig(rank=2, alpha=4))
     rate, decay, clip = 1e-2, 0.1, 0.05
-    optimizer = make_optimizer(model, rate, decay, decay_bias_and_norm=False)
+    optimizer = make_optimizer(model, TrainConfig(learning_rate=rate, weight_decay=decay))
     schedule, scaler = make_schedule(optimizer, total_steps=10, warmup_steps=0), CPU.grad_scaler()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     by_hand = {name: p.detach().clone() for name, p in trained.items()}

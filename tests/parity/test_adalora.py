@@ -18,7 +18,7 @@ from tests.parity.oracle import assert_close, assert_same, our_copy, ragged_batc
 from tests.parity.test_methods import our_keys, their_keys
 from tests.parity.test_training import CLIP, CPU, RATE, _Overflowing, encoded_texts, groups, one_batch, same, state_of
 from train import make_optimizer, make_schedule, train_step
-from training.config import parse_config
+from training.config import TrainConfig, parse_config
 
 TARGETS = ("query", "value", "output.dense")
 STEPS = 18
@@ -49,7 +49,7 @@ def made(folder, config=CONFIG):
 
 def trainer(model):
     """Optimizer and schedule."""
-    optimizer = make_optimizer(model, RATE, 0.01, decay_bias_and_norm=False)
+    optimizer = make_optimizer(model, TrainConfig(learning_rate=RATE))
     return optimizer, make_schedule(optimizer, STEPS, 3)
 
 

@@ -15,6 +15,7 @@ from data.batching import EncodedSplit, collate
 from lora.config import LoRAConfig
 from tests.parity.oracle import adapted_pair, assert_close, assert_same, our_name
 from train import make_optimizer, make_schedule, train_step
+from training.config import TrainConfig
 from training.precision import Compute
 
 CPU = Compute(torch.device("cpu"), "fp32")
@@ -81,7 +82,7 @@ def test_fifty_steps_give_the_same_losses_and_weights(tmp_path, decay):
     batches = groups(encoded_texts())
     expected = reference_losses(theirs.train(), batches, decay)
 
-    optimizer = make_optimizer(ours, RATE, 0.01, decay_bias_and_norm=decay)
+    optimizer = make_optimizer(ours, TrainConfig(learning_rate=RATE, decay_bias_and_norm=decay))
     schedule, scaler = make_schedule(optimizer, STEPS, WARMUP), CPU.grad_scaler()
     start = {name: p.detach().clone() for name, p in ours.named_parameters() if p.requires_grad}
     ours.train()
@@ -102,7 +103,7 @@ def test_fifty_steps_give_the_same_losses_and_weights(tmp_path, decay):
 def test_twenty_steps_of_lora_plus_are_those_of_peft(tmp_path):
     """Its groups too: B and every vector at 16 times the rate, biases without decay."""
     ours, theirs = adapted_pair(tmp_path, CONFIG)
-    optimizer = make_optimizer(ours, RATE / 16, 0.01, decay_bias_and_norm=False, lora_plus_ratio=16)
+    optimizer = make_optimizer(ours, TrainConfig(learning_rate=RATE / 16, lora_plus_ratio=16))
     expected = create_loraplus_optimizer(
         theirs, torch.optim.AdamW, lr=RATE / 16, loraplus_lr_ratio=16, loraplus_weight_decay=0.01
     )
@@ -221,7 +222,7 @@ def test_fp16_scaler_skips_a_step_that_overflows(tmp_path):
     ours, _ = adapted_pair(tmp_path, CONFIG, dtype=torch.float32)
     model = _Overflowing(ours)
     scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=2.0**10)
-    optimizer = make_optimizer(model, RATE, 0.01, decay_bias_and_norm=False)
+    optimizer = make_optimizer(model, TrainConfig(learning_rate=RATE))
     schedule = make_schedule(optimizer, STEPS, WARMUP)
     batches = groups(encoded_texts())
     train_step(model, batches[0], optimizer, schedule, scaler, CPU, CLIP)
@@ -244,7 +245,7 @@ def test_loss_scale_does_not_change_the_step(tmp_path):
     for enabled in (False, True):
         ours, _ = adapted_pair(tmp_path, CONFIG, dtype=torch.float32)
         scaler = torch.amp.GradScaler("cpu", enabled=enabled, init_scale=2.0**10)
-        optimizer = make_optimizer(ours, RATE, 0.01, decay_bias_and_norm=False)
+        optimizer = make_optimizer(ours, TrainConfig(learning_rate=RATE))
         schedule = make_schedule(optimizer, STEPS, 0)
         for group in groups(encoded_texts())[:3]:
             train_step(ours, group, optimizer, schedule, scaler, CPU, 0.05)
@@ -259,7 +260,7 @@ def test_training_on_a_gpu_lowers_the_loss(tmp_path, precision):
     ours, _ = adapted_pair(tmp_path, CONFIG, dtype=torch.float32)
     compute = Compute(torch.device("cuda"), precision)
     ours.cuda().train()
-    optimizer = make_optimizer(ours, RATE, 0.01, decay_bias_and_norm=False)
+    optimizer = make_optimizer(ours, TrainConfig(learning_rate=RATE))
     schedule, scaler = make_schedule(optimizer, STEPS, WARMUP), compute.grad_scaler()
     losses = [
         train_step(ours, group, optimizer, schedule, scaler, compute, CLIP).item() for group in groups(encoded_texts())

@@ -34,7 +34,7 @@ from tests.conftest import write_tiny_config
 from tests.forked import end_if_stuck, fail_if_stuck
 from training import distributed, recorder
 from training.command_line import EXIT_BAD_INPUT, EXIT_LOST, run_command
-from training.config import parse_command_line
+from training.config import TrainConfig, parse_command_line
 from training.distributed import ALONE, World, join
 from training.errors import ConfigError
 from training.precision import Compute
@@ -389,7 +389,7 @@ def test_an_overflow_in_one_process_skips_the_step_in_all(tmp_path):
     def work(rank):
         torch.manual_seed(0)
         model = _Net()
-        optimizer = train_module.make_optimizer(model, 0.1, 0.01, decay_bias_and_norm=False)
+        optimizer = train_module.make_optimizer(model, TrainConfig(learning_rate=0.1))
         schedule = train_module.make_schedule(optimizer, 10, 0)
         scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=2.0**10)
         split = _split([3] * 5)
