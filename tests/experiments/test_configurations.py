@@ -92,3 +92,19 @@ def test_every_method_has_a_file_within_each_budget():
             if trained <= budget:
                 tables |= {method.table for method in run.config.methods}
     assert within[182_000] == within[300_000] == set(METHODS)
+
+
+def test_every_method_has_base_and_large_within_a_million_with_the_counts_in_docs():
+    (reference,) = expand(FOLDER / "base_r6_a14_qkv.toml", {}).values()
+    page = (FOLDER.parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.+)", page, re.MULTILINE))
+    counts: dict[str, list[str]] = {}
+    methods: dict[str, set[str]] = {"roberta-base": set(), "roberta-large": set()}
+    for run in plan([FOLDER.parent / "million"], {}, seeds=1):  # sorted: base before large
+        trained = _trainable(run.config)
+        assert trained <= 1_000_000 and run.config.train.max_trainable == 1_000_000
+        assert run.config.data == reference.data
+        counts.setdefault(run.name.rpartition("_")[0], []).append(f"{trained:,}")
+        methods[run.config.model.checkpoint] |= {method.table for method in run.config.methods}
+    assert methods["roberta-base"] == methods["roberta-large"] == set(METHODS)
+    assert {name: re.findall(r"\d+,[\d,]*\d", row) for name, row in rows.items()} == counts
