@@ -1,1 +1,1 @@
-"""Small experiments that each show one thing, in at most two minutes on two cores: see docs/lessons.md."""
+"""Small experiments that each show one thing, in at most a few minutes on two cores: see docs/lessons.md."""

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from data.assets import fetch_checkpoint
 from data.batching import Batch, EncodedSplit, encode_split, evaluation_batches, training_batches
 from data.sources import DataConfig, load_source
-from lora.config import LoRAConfig
+from lora.config import MethodConfig
 from lora.inject import inject_lora
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
@@ -57,8 +57,8 @@ class Task:
     seed: int = 0
     batch_size: int = 8
 
-    def adapted(self, config: LoRAConfig) -> nn.Module:
-        """A copy of the model with adapters. The same settings always give the same initial A."""
+    def adapted(self, config: MethodConfig) -> nn.Module:
+        """A copy of the model with a method. The same settings always give the same initial values."""
         torch.manual_seed(self.seed)
         return inject_lora(copy.deepcopy(self.model), config)
 
@@ -129,6 +129,8 @@ class Lesson:
     lines: list[str]
     panels: list[Callable[[Axes], None]]
     found: dict[Any, Any]
+    columns: int | None = None
+    """Panels side by side in the plot; all unless set."""
 
 
 def draw_losses(axes: Axes, losses: dict[str, list[float]]) -> None:
@@ -141,12 +143,15 @@ def draw_losses(axes: Axes, losses: dict[str, list[float]]) -> None:
     axes.set_ylim(bottom=0)
 
 
-def save_figure(panels: Sequence[Callable[[Axes], None]], path: Path) -> None:
-    """Draw the panels side by side into a PNG file. Creates the folder."""
+def save_figure(lesson: Lesson, path: Path) -> None:
+    """Draw the panels into a PNG file. Creates the folder."""
+    columns = lesson.columns or len(lesson.panels)
+    rows = len(lesson.panels) // columns
+    width, height = (4.8, 3.8) if rows == 1 else (3.2, 2.1)
     style = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.2}
     with matplotlib.rc_context({**style, "legend.frameon": False, "legend.fontsize": 8}):
-        figure = Figure(figsize=(4.8 * len(panels), 3.8), layout="constrained")
-        for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+        figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+        for panel, axes in zip(lesson.panels, figure.subplots(rows, columns, squeeze=False).flat, strict=True):
             panel(axes)
             if axes.get_legend_handles_labels()[1]:
                 axes.legend()
@@ -174,7 +179,7 @@ def run_lesson(name: str, lesson: Callable[[Task], Lesson]) -> int:
         for line in result.lines:
             say(line)
         path = arguments.output / f"{name}.png"
-        save_figure(result.panels, path)
+        save_figure(result, path)
         say(f"\n{path}   ({time.perf_counter() - started:.0f} s, seed {arguments.seed})")
         return 0
 

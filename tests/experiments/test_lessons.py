@@ -1,6 +1,7 @@
 """Each lesson on a tiny model: it draws its plot, and its claim holds."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def drawn(tmp_path):
 
     def draw(lesson):
         assert lesson.lines
-        save_figure(lesson.panels, tmp_path / "new" / "plot.png")
+        save_figure(lesson, tmp_path / "new" / "plot.png")
         assert (tmp_path / "new" / "plot.png").read_bytes()[:4] == b"\x89PNG"
         return lesson.found
 
@@ -106,26 +107,20 @@ def test_scaling_the_loss_saves_gradients_from_underflow_and_too_much_of_it_brea
     assert found["formats"]["attention.self"] == "float16" and found["formats"]["attention.output"] == "float32"
 
 
-def test_each_method_trains_what_it_says(task, drawn):
+def test_each_method_changes_w_in_its_own_form(task, drawn):
     found = drawn(methods.lesson(task, steps=4))
-    counts = {method: row["trained"] for method, row in found.items()}
-    assert counts["head only"] < counts["BitFit"] < counts["LoRA"] < counts["all weights"]
-    assert counts["all weights"] == sum(p.numel() for p in task.model.parameters())
-    for method in methods.RATES:
-        trained = {n for n, p in methods.prepare(task, method).named_parameters() if p.requires_grad}
-        assert {n for n in trained if "lora" in n} == (trained - head(task) if method == "LoRA" else set())
-        if method == "BitFit":
-            assert all(name.endswith("bias") for name in trained - head(task))
-
-
-def head(task):
-    return {name for name, _ in task.model.named_parameters() if name.startswith("classifier.")}
+    assert found["LoRA"]["rank"] == 6 < found["PiSSA"]["rank"] <= 12
+    assert 1 <= found["AdaLoRA"]["rank"] <= 6
+    assert {found[method]["rank"] for method in ("DoRA", "VeRA", "(IA)³", "all weights")} == {16}
+    assert found["PiSSA"]["inside"] > 0.95 > 0.9 > found["LoRA"]["inside"]
+    assert found["(IA)³"]["angle"] < 1e-4 < 1e-3 < found["(IA)³"]["length"]
+    assert found["BitFit"].keys() == found["head only"].keys() == {"trained", "accuracy"}  # W is as it was
 
 
 def test_a_lesson_leaves_the_task_as_it_was_and_repeats_itself(task):
     before = [parameter.clone() for parameter in task.model.parameters()]
-    first = methods.lesson(task, steps=3, rates={"all weights": 1e-3}).found
+    lesson = partial(singular_values.lesson, steps=3, ranks=(2,))  # trains all weights too
+    first = lesson(task).found["all weights free"]
     assert all(torch.equal(p, q) for p, q in zip(before, task.model.parameters(), strict=True))
-    assert methods.lesson(task, steps=3, rates={"all weights": 1e-3}).found == first
-    other = methods.lesson(dataclasses.replace(task, seed=1), steps=3, rates={"all weights": 1e-3}).found
-    assert other != first
+    assert lesson(task).found["all weights free"] == first
+    assert lesson(dataclasses.replace(task, seed=1)).found["all weights free"] != first
