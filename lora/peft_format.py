@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import os
 import warnings
 from collections.abc import Collection, Iterable, Mapping
@@ -168,7 +169,7 @@ def _check_same(model: Any, configs: Collection[MethodConfig], planned: Mapping[
     carried = adapters(model)
     for name in carried.keys() | planned.keys():
         ours, asked = carried.get(name), planned.get(name)
-        if not (ours and asked and ours.method == asked.method and ours.settings() == asked.settings()):
+        if not (ours and asked and ours.method == asked.method and _equal(ours.settings(), asked.settings())):
             raise LoRAError(f"{directory}: other settings than those of the model's adapter on {name}; load it afresh")
     trained, held = (
         {name for config in those for name in trained_parameters(model, config)}
@@ -176,6 +177,13 @@ def _check_same(model: Any, configs: Collection[MethodConfig], planned: Mapping[
     )
     if trained - held or {*map(type, model.adapter_configs)} != {*map(type, configs)}:
         raise LoRAError(f"{directory}: other parameters than those that the model trains; load it afresh")
+
+
+def _equal(settings: Mapping[str, float], others: Mapping[str, float]) -> bool:
+    """Whether two settings are the same numbers, up to the rounding of a scaling that a file holds as alpha."""
+    return settings.keys() == others.keys() and all(
+        math.isclose(value, others[name], rel_tol=1e-12) for name, value in settings.items()
+    )
 
 
 def _read_weights(

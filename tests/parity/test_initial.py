@@ -153,3 +153,14 @@ def test_bad_settings_are_refused(tmp_path, settings, message):
 def test_the_largest_rank_of_a_budget_is_found():
     config = LoRAConfig(init="orthogonal", target_modules=("0",), modules_to_save=())
     assert largest_rank(lambda: torch.nn.Sequential(torch.nn.Linear(9, 7)), config, 16 * 5 + 15) == 5
+
+
+@pytest.mark.parametrize("rank", range(1, 9))
+def test_a_scaling_that_a_file_rounds_is_the_same(tmp_path, rank):
+    """alpha / sqrt(r) of PiSSA is written as sqrt(2) alpha and 2r: for some ranks the last bit differs."""
+    config = LoRAConfig(
+        rank=rank, alpha=8, init="pissa", use_rslora=True, target_modules=("0",), modules_to_save=("1",)
+    )
+    model = inject_lora(torch.nn.Sequential(torch.nn.Linear(12, 10), torch.nn.Linear(10, 2)), config)
+    save_adapter(model, tmp_path)
+    load_adapter(model, tmp_path)
