@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.errors import LoRAError
-from lora.quantized import QuantizedLinear, dequantized
+from lora.quantized import dequantize
 
 
 class Adapter(nn.Module):
@@ -107,8 +107,7 @@ class Adapter(nn.Module):
         if self.shares_base:
             raise RuntimeError("other models use this layer too; load the adapter alone to merge it")
         weight, bias = self.merged()
-        if isinstance(self.base, QuantizedLinear):  # fewer bits would round the update away
-            self.base = dequantized(self.base)
+        dequantize(self)  # fewer bits would round the update away
         self._unmerged = self.base.weight.clone(), None if self.base.bias is None else self.base.bias.clone()
         self.base.weight.copy_(weight)
         if bias is not None:

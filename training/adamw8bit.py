@@ -21,6 +21,7 @@ from torch import Tensor
 from lora.quantized import SIGNED, UNSIGNED, dequantize_blocks, quantize_blocks
 
 _BLOCK = 256  # numbers that share a scale
+_CHUNK = 2**18  # numbers that are updated at a time, as their moments in float32 would take as much as AdamW's
 _SMALLEST = 4096  # numbers in a tensor whose moments are quantized
 _LEVELS = {"exp_avg": SIGNED, "exp_avg_sq": UNSIGNED}  # m and v, by torch's names
 
@@ -37,26 +38,29 @@ class AdamW8bit(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, parameter.grad.float(), group)
+                    _update(parameter.view(-1), parameter.grad.reshape(-1), self.state[parameter], group)
 
-    def _update(self, parameter: Tensor, g: Tensor, group: dict[str, Any]) -> None:
-        state, (beta1, beta2), lr = self.state[parameter], group["betas"], group["lr"]
-        state["step"] = state.get("step", torch.zeros(())) + 1
-        t = state["step"].item()
-        m, v = (_moment(state, name, g) for name in _LEVELS)
+
+def _update(W: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    """W (n,) <- the formula, one chunk after the other."""
+    n, quantized, (beta1, beta2), lr = len(W), len(W) >= _SMALLEST, group["betas"], group["lr"]
+    if not state:
+        state["step"] = torch.zeros(())
+        for name in _LEVELS:
+            state[name] = torch.zeros_like(W, dtype=torch.uint8 if quantized else torch.float32)
+            state[f"{name}_absmax"] = torch.zeros(-(-n // _BLOCK), device=W.device)
+    state["step"] += 1
+    t = state["step"].item()
+    for start in range(0, n, _CHUNK):
+        part, blocks = slice(start, start + _CHUNK), slice(start // _BLOCK, (start + _CHUNK) // _BLOCK)
+        stored = [(state[name][part], state[f"{name}_absmax"][blocks], levels) for name, levels in _LEVELS.items()]
+        m, v = (dequantize_blocks(*one, _BLOCK) if quantized else one[0] for one in stored)
+        g = gradient[part].float()
         m.mul_(beta1).add_(g, alpha=1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         divisor = (v.sqrt() / math.sqrt(1 - beta2**t)).add_(group["eps"])
-        decayed = parameter.float().mul_(1 - lr * group["weight_decay"])
-        parameter.copy_(decayed.addcdiv_(m, divisor, value=-lr / (1 - beta1**t)))
-        for (name, levels), moment in zip(_LEVELS.items(), (m, v), strict=True):
-            state[name] = moment
-            if g.numel() >= _SMALLEST:
-                state[name], state[f"{name}_absmax"] = quantize_blocks(moment, levels, _BLOCK)
-
-
-def _moment(state: dict[str, Tensor], name: str, g: Tensor) -> Tensor:
-    """The moment in float32, in the shape of the gradient g; zeros before the first step."""
-    if name in state and state[name].dtype == torch.uint8:
-        return dequantize_blocks(state[name], state[f"{name}_absmax"], _LEVELS[name], _BLOCK).view_as(g)
-    return state.get(name, torch.zeros_like(g))
+        decayed = W[part].float().mul_(1 - lr * group["weight_decay"])
+        W[part] = decayed.addcdiv_(m, divisor, value=-lr / (1 - beta1**t))
+        if quantized:
+            for (codes, absmax, levels), moment in zip(stored, (m, v), strict=True):
+                codes[:], absmax[:] = quantize_blocks(moment, levels, _BLOCK)

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from data.batching import EncodedSplit
-from experiments.lessons import layer_updates, loss_scaling, merged, methods, scaling, singular_values, zero_start
+from experiments.lessons import (
+    layer_updates,
+    loss_scaling,
+    merged,
+    methods,
+    quantization,
+    scaling,
+    singular_values,
+    zero_start,
+)
 from experiments.lessons.common import Task, save_figure
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
@@ -124,3 +133,10 @@ def test_a_lesson_leaves_the_task_as_it_was_and_repeats_itself(task):
     assert all(torch.equal(p, q) for p, q in zip(before, task.model.parameters(), strict=True))
     assert lesson(task).found["all weights free"] == first
     assert lesson(dataclasses.replace(task, seed=1)).found["all weights free"] != first
+
+
+def test_fewer_bits_are_further_from_w_and_loftq_starts_nearer(task, drawn):
+    found = drawn(quantization.lesson(task, steps=3, rank=4))
+    error = {base: numbers["weights"] for base, numbers in found.items()}
+    assert error["16 bits"] == 0 < error["8 bits"] < 0.02 < error["4 bits, LoftQ"] < 0.9 * error["4 bits"] < 0.2
+    assert found["8 bits"]["logits"] < found["4 bits"]["logits"]

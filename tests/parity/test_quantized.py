@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from lora.adapter import adapters
-from lora.config import LoRAConfig
+from lora.config import BitFitConfig, BottleneckConfig, LoRAConfig, PrefixTuningConfig
 from lora.inject import inject_lora
 from lora.quantized import (
     NF4,
@@ -24,6 +24,8 @@ from lora.quantized import (
     quantize,
     quantize_blocks,
 )
+from roberta.config import RobertaConfig
+from roberta.weights import load_checkpoint
 from tests.parity.oracle import (
     assert_close,
     assert_same,
@@ -35,6 +37,7 @@ from tests.parity.oracle import (
 )
 from tests.parity.test_methods import METHODS
 from training.adamw8bit import AdamW8bit
+from training.setup import load_base
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes has no wheel for this machine")
 
@@ -66,13 +69,27 @@ def test_levels():
     assert_same(UNSIGNED, bnb.functional.create_dynamic_map(signed=False), "unsigned")
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_checkpoint_is_quantized_as_it_is_read(tmp_path, dtype, bits):
+    """In 8 and 4 bits from 16 or 32: the values that bitsandbytes would get from the model read without quantizing."""
+    reference_model().to(dtype).save_pretrained(tmp_path)
+    read = load_base(tmp_path, RobertaConfig.from_file(tmp_path / "config.json"), False, bits)
+    for name, module in load_checkpoint(tmp_path).named_modules():
+        if isinstance(module, nn.Linear) and name.startswith("roberta"):
+            assert_same(read.get_submodule(name).weight, QuantizedLinear(module, bits).weight, name)
+        elif not [*module.children()]:
+            mine = read.get_submodule(name).state_dict()
+            assert all(torch.equal(value, mine[key]) for key, value in module.state_dict().items()), name
+
+
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_rows_in_8_bits(name):
     weight = WEIGHTS[name]()
     ours = layer(weight, 8)
     codes, absmax, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(weight)
-    assert_same(ours.codes, codes, "codes")
-    assert_same(ours.absmax.view(torch.float32), absmax, "absmax")
+    assert_same(ours.stored["codes"], codes, "codes")
+    assert_same(ours.stored["absmax"].view(torch.float32), absmax, "absmax")
     assert_same(ours.weight, torch.ops.bitsandbytes.int8_vectorwise_dequant(codes, absmax), "dequantized")
 
 
@@ -83,10 +100,10 @@ def test_nf4_with_double_quantization(name):
     codes, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", blocksize=64)
     offset = state.absmax.mean()
     absmax_codes, absmax = portable(state.absmax - offset, SIGNED)
-    assert_same(ours.codes, codes.flatten(), "codes")
-    assert_same(ours.offset.view(torch.float32), offset, "mean of absmax")
-    assert_same(ours.absmax_codes, absmax_codes, "codes of absmax")
-    assert_same(ours.absmax.view(torch.float32), absmax, "absmax of absmax")
+    assert_same(ours.stored["codes"], codes.flatten(), "codes")
+    assert_same(ours.stored["offset"].view(torch.float32), offset, "mean of absmax")
+    assert_same(ours.stored["absmax_codes"], absmax_codes, "codes of absmax")
+    assert_same(ours.stored["absmax"].view(torch.float32), absmax, "absmax of absmax")
     state.absmax, state.offset, state.nested = absmax_codes, offset, True
     state.state2 = bnb.functional.QuantState(absmax=absmax, code=SIGNED, blocksize=256, dtype=torch.float32)
     assert_same(ours.weight, bnb.functional.dequantize_4bit(codes, state), "dequantized")
@@ -132,10 +149,13 @@ def test_lora_over_nf4_is_that_of_peft_over_bitsandbytes(tmp_path):
     found = {name: module for name, module in theirs.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
     assert len(found) == 12
     for name, module in found.items():
-        mine, state = ours.get_submodule(name), module.weight.quant_state
-        assert_same(mine.codes, module.weight.flatten(), f"{name}: codes")
-        mine.absmax_codes.copy_(state.absmax)
-        mine.absmax.copy_(state.state2.absmax.view(torch.int32)), mine.offset.copy_(state.offset.view(torch.int32))
+        mine, state = ours.get_submodule(name).stored, module.weight.quant_state
+        assert_same(mine["codes"], module.weight.flatten(), f"{name}: codes")
+        mine["absmax_codes"].copy_(state.absmax)
+        (
+            mine["absmax"].copy_(state.state2.absmax.view(torch.int32)),
+            mine["offset"].copy_(state.offset.view(torch.int32)),
+        )
     config = LoRAConfig(rank=3, alpha=8, target_modules=("query", "value", "output.dense"))
     inject_lora(ours, config)
     adapted = peft.get_peft_model(theirs, peft_config(config))
@@ -159,20 +179,27 @@ def test_lora_over_nf4_is_that_of_peft_over_bitsandbytes(tmp_path):
         assert_close(parameter.grad, wanted[name].grad, 1e-4, name)
 
 
+METHODS_HERE = {name: case.ours for name, case in METHODS.items()} | {
+    "PiSSA": LoRAConfig(rank=2, init="pissa"),
+    "BitFit": BitFitConfig(),
+    "bottleneck": BottleneckConfig(form="houlsby", reduction_factor=4),
+    "prefix tuning": PrefixTuningConfig(num_virtual_tokens=3),
+}
+
+
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS_HERE)
 def test_each_method_over_few_bits_is_the_method_over_the_dequantized_base(tmp_path, bits, method):
-    case = METHODS[method]
-    quantized = our_copy(reference_model(**case.sizes), tmp_path)
+    quantized = our_copy(reference_model(), tmp_path)
     quantize(quantized.roberta, bits)
-    plain = our_copy(reference_model(**case.sizes), tmp_path)
+    plain = our_copy(reference_model(), tmp_path)
     quantize(plain.roberta, bits)
     assert dequantize(plain.roberta) == 12
     batch = ragged_batch([5, 9, 3])
     labels, logits = batch.pop("labels"), []
     for model in (quantized, plain):
         torch.manual_seed(3)
-        inject_lora(model, case.ours)
+        inject_lora(model, METHODS_HERE[method])
         with torch.no_grad():
             for adapter in adapters(model).values():
                 for value in adapter.own_parameters().values():
@@ -183,7 +210,9 @@ def test_each_method_over_few_bits_is_the_method_over_the_dequantized_base(tmp_p
     theirs = {name: value for name, value in plain.named_parameters() if value.requires_grad}
     for name, parameter in quantized.named_parameters():
         if parameter.requires_grad:
-            assert_close(parameter.grad, theirs.pop(name).grad, what=name)
+            expected = theirs.pop(name).grad
+            if not name.endswith("key.bias"):  # a softmax does not see it: its gradient is rounding alone
+                assert_close(parameter.grad, expected, what=name)
     assert not theirs
 
 
@@ -191,7 +220,7 @@ def test_fifty_steps_of_adamw_in_8_bits(monkeypatch):
     """On a matrix whose moments are quantized and on one that is too small for it."""
 
     def requantize(x, code, absmax_out, out, blocksize):
-        codes, absmax = portable(x, code)
+        codes, absmax = portable(x, SIGNED if code[0] < 0 else UNSIGNED)
         out.copy_(codes), absmax_out.copy_(absmax)
 
     monkeypatch.setattr("bitsandbytes.backends.cpu.ops._quant_blockwise_fp32_direct", requantize)
