@@ -1,14 +1,19 @@
-"""EDA: four random edits that make new training texts from old ones (Wei & Zou 2019).
+"""EDA and AEDA: random edits that make new training texts from old ones (Wei & Zou 2019; Karimi et al. 2021).
 
-For a text of l words and a strength alpha, n = max(1, floor(alpha l)), and each new text is made by one of
+EDA: for a text of l words and a strength alpha, n = max(1, floor(alpha l)), and each new text is made by one of
 
     synonym replacement   n words that are not stop words are replaced by a synonym
     random insertion      n times: a synonym of such a word is inserted at a random position
     random swap           n times: two words change places
     random deletion       every word is dropped with probability alpha, but never all of them
 
-(section 2 there). Each text is kept and followed by n_aug new ones. Synonyms come from WordNet 3.0, as in the paper
-(wordnet/build.py). The new texts of a text depend on (seed, epoch, row) alone, not on other rows or on the process.
+(section 2 there). Synonyms come from WordNet 3.0, as in the paper (wordnet/build.py).
+
+AEDA: each new text has all words in their order, and n punctuation marks between them, n uniform in 1 ... l / 3
+(section 3 there).
+
+Each text is kept and followed by n_aug new ones. The new texts of a text depend on (seed, epoch, row) alone, not on
+other rows or on the process.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from data.errors import DataError
 
@@ -63,12 +69,14 @@ _ENDINGS = (
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """EDA of the training texts (Wei & Zou 2019)."""
+    """New training texts by EDA (Wei & Zou 2019) or AEDA (Karimi et al. 2021)."""
 
+    kind: Literal["eda", "aeda"] = "eda"
+    """eda replaces, inserts, swaps or deletes words; aeda inserts punctuation marks."""
     n_aug: int = 0
-    """New texts per text; 0 is no augmentation. The paper: 16 for 500 texts, 8 for 2,000, 4 for 5,000 or more."""
+    """New texts per text; 0 is no augmentation. EDA's paper: 16 for 500 texts, 8 for 2,000, 4 for 5,000 or more."""
     alpha: float = 0.1
-    """Share of the words that an edit changes. The paper: 0.05 up to 2,000 texts, 0.1 beyond."""
+    """EDA: share of the words that an edit changes. The paper: 0.05 up to 2,000 texts, 0.1 beyond."""
     fresh: bool = True
     """Make other new texts in every epoch, or the same ones in all."""
 
@@ -77,6 +85,8 @@ class AugmentationConfig:
             raise DataError(f"data.augmentation.n_aug is {self.n_aug!r}; it must be 0 or more")
         if not 0 <= self.alpha < 1:
             raise DataError(f"data.augmentation.alpha is {self.alpha!r}; it must be in [0, 1)")
+        if self.kind == "aeda" and self.alpha != AugmentationConfig.alpha:
+            raise DataError(f"data.augmentation.alpha is {self.alpha:g}, but AEDA has no alpha; remove it")
 
 
 def edits(words: Sequence[str], alpha: float) -> int:
@@ -118,14 +128,27 @@ def random_deletion(words: list[str], alpha: float, draw: random.Random) -> list
     return [word for word in words if draw.random() >= alpha] or [draw.choice(words)]
 
 
+def punctuation_insertion(words: list[str], draw: random.Random) -> list[str]:
+    """AEDA: insert n random marks, each before another random word; n is uniform in 1 ... max(1, floor(l / 3)).
+
+    Source: Karimi et al. 2021, section 3; that the words differ is as in the authors' program.
+    """
+    n = draw.randint(1, max(1, len(words) // 3))
+    marks = {position: draw.choice(MARKS) for position in draw.sample(range(len(words)), n)}
+    return [piece for i, word in enumerate(words) for piece in (marks.get(i), word) if piece is not None]
+
+
+MARKS = (".", ";", "?", ":", "!", ",")
 OPERATIONS = (synonym_replacement, random_insertion, random_swap, random_deletion)
 
 
 def augment(text: str, config: AugmentationConfig, draw: random.Random) -> list[str]:
-    """`n_aug` new texts, each made by one of the four operations, drawn at random."""
+    """`n_aug` new texts: EDA's are each made by one of the four operations, drawn at random."""
     words = text.split()
     if not words:
         return [text] * config.n_aug
+    if config.kind == "aeda":
+        return [" ".join(punctuation_insertion(words, draw)) for _ in range(config.n_aug)]
     return [" ".join(draw.choice(OPERATIONS)(words, config.alpha, draw)) for _ in range(config.n_aug)]
 
 
@@ -139,17 +162,22 @@ def augment_texts(
     epoch = epoch if config.fresh else 0
     new_texts: list[str] = []
     for row, text in enumerate(texts):
-        new_texts += [text, *augment(text, config, random.Random(f"EDA {seed} {epoch} {row}"))]
+        new_texts += [text, *augment(text, config, random.Random(f"{config.kind.upper()} {seed} {epoch} {row}"))]
     return new_texts, [label for label in labels for _ in range(1 + config.n_aug)]
 
 
-def check_script(texts: Sequence[str], origin: str) -> None:
-    """Raise DataError if most texts are not in Latin script: without synonyms and spaces, EDA would only copy them."""
-    foreign = [text for text in texts if 2 * len(_LATIN_LETTER.findall(text)) < len(_LETTER.findall(text))]
-    if 2 * len(foreign) > len(texts):
+def check_texts(texts: Sequence[str], origin: str, kind: str) -> None:
+    """Raise DataError if most texts can't be augmented: not in Latin script for EDA, of a single word for AEDA."""
+    if kind == "eda":
+        unsuited = [text for text in texts if 2 * len(_LATIN_LETTER.findall(text)) < len(_LETTER.findall(text))]
+        problem, reason = "are not in Latin script", "EDA's synonyms are English"
+    else:
+        unsuited = [text for text in texts if len(text.split()) < 2]
+        problem, reason = "have no space", "AEDA inserts marks between words"
+    if 2 * len(unsuited) > len(texts):
         raise DataError(
-            f"{origin}: {len(foreign):,} of {len(texts):,} training texts are not in Latin script (the first: "
-            f"{foreign[0][:30]!r}), but EDA's synonyms are English; set data.augmentation.n_aug = 0"
+            f"{origin}: {len(unsuited):,} of {len(texts):,} training texts {problem} (the first: "
+            f"{unsuited[0][:30]!r}), but {reason}; set data.augmentation.n_aug = 0"
         )
 
 

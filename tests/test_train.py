@@ -460,6 +460,13 @@ def test_eda_makes_new_training_texts_every_epoch_and_none_elsewhere(run, tiny_c
     assert run(tiny_config, *options)[0] == 0
     assert seen[-1] == seen[-2] and len(seen) == 5
 
+    seen.clear()
+    options = ("--data.augmentation.kind", "aeda", "--data.augmentation.n-aug", 1, "--train.epochs", 2, "--overwrite")
+    code, out, _ = run(tiny_config, *options)
+    assert code == 0 and "AEDA: 1 new texts of each training text\n" in out
+    first, second = (split.texts[1::2] for split in seen[-2:])
+    assert first != second and all(set(text) & set(".;?:!,") for text in first + second)
+
 
 def test_balanced_class_weights_count_each_class_alike(run, tiny_config, tiny_data, monkeypatch):
     rows = [row for row in tiny_rows(96) if row[0] == "sports"] + tiny_rows(24, seed=3)

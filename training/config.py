@@ -100,7 +100,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
     seed: int = 0
-    """Seeds Python, numpy, torch, the validation split, EDA and the order of batches."""
+    """Seeds Python, numpy, torch, the validation split, augmentation and the order of batches."""
     deterministic: bool = False
     """On a GPU: use only deterministic kernels, which are slower; on a CPU all kernels are deterministic."""
     log_every: int = 10

@@ -14,7 +14,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from data.assets import Checkpoint, fetch_checkpoint, sha256_of
-from data.augmentation import augment_texts, check_script
+from data.augmentation import augment_texts, check_texts
 from data.batching import WIDTH_MULTIPLE, Batch, EncodedSplit, encode_split, training_batches
 from data.sources import LabelledText, Split, load_source
 from lora.quantized import quantize
@@ -93,8 +93,9 @@ def load_inputs(config: RunConfig, world: World) -> Inputs:
     for note in (f"training texts per class: {text.class_counts()}", *text.notes):
         say(f"            {note}")
     if augmentation.n_aug:
-        check_script(text.train.texts, text.origin)
-        say(f"            EDA: {augmentation.n_aug} new texts of each training text, alpha {augmentation.alpha:g}")
+        check_texts(text.train.texts, text.origin, augmentation.kind)
+        alpha = f", alpha {augmentation.alpha:g}" if augmentation.kind == "eda" else ""
+        say(f"            {augmentation.kind.upper()}: {augmentation.n_aug} new texts of each training text{alpha}")
 
     with world.main_first():
         checkpoint = fetch_checkpoint(config.model.checkpoint)
@@ -170,7 +171,7 @@ def epoch_batches(
     if config.data.augmentation.n_aug:
         train = inputs.text.train
         new = augment_texts(train.texts, train.labels, config.data.augmentation, settings.seed, epoch)
-        split = encode_split(Split(*new), inputs.tokenizer, description="tokenizing EDA")
+        split = encode_split(Split(*new), inputs.tokenizer, description="tokenizing augmented texts")
     if settings.class_weights == "balanced":
         from sklearn.utils.class_weight import compute_sample_weight  # slow to import
 

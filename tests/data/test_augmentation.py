@@ -1,4 +1,4 @@
-"""EDA: the counts of the paper's formulas, determinism, and what no operation may do."""
+"""EDA and AEDA: the counts of the paper's formulas, determinism, and what no operation may do."""
 
 import random
 from collections import Counter
@@ -10,13 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.augmentation import (
+    MARKS,
     OPERATIONS,
     STOP_WORDS,
     AugmentationConfig,
     augment,
     augment_texts,
-    check_script,
+    check_texts,
     edits,
+    punctuation_insertion,
     random_deletion,
     random_insertion,
     random_swap,
@@ -124,15 +126,38 @@ TEXTS = [" ".join(seeded(i).sample(WORDS, 9)) for i in range(30)]
 LABELS = [i % 3 for i in range(30)]
 
 
-def test_labels_go_with_their_texts_and_the_originals_stay():
-    config = AugmentationConfig(n_aug=3)
+@pytest.mark.parametrize(("length", "most"), [(1, 1), (5, 1), (6, 2), (14, 4)])
+def test_aeda_draws_the_number_the_mark_and_the_place_uniformly(length, most):
+    """The paper's distribution, each share within four standard deviations of 4,000 draws."""
+    draw, drawn = seeded(), 4000
+    counts, marks, places = Counter(), Counter(), Counter()
+    for _ in range(drawn):
+        new = punctuation_insertion(WORDS[:length], draw)
+        found = [i for i, piece in enumerate(new) if piece in MARKS]
+        assert [piece for piece in new if piece not in MARKS] == WORDS[:length]
+        counts[len(found)] += 1
+        marks.update(new[i] for i in found)
+        places.update(i - before for before, i in enumerate(found))  # the word that follows the mark
+    for seen, values in ((counts, range(1, most + 1)), (marks, MARKS), (places, range(length))):
+        total, share = seen.total(), 1 / len(values)
+        assert set(seen) == set(values)
+        assert all(abs(n / total - share) < 4 * (share * (1 - share) / total) ** 0.5 + 1e-9 for n in seen.values())
+
+
+BOTH = pytest.mark.parametrize("kind", ["eda", "aeda"])
+
+
+@BOTH
+def test_labels_go_with_their_texts_and_the_originals_stay(kind):
+    config = AugmentationConfig(kind, n_aug=3)
     texts, labels = augment_texts(TEXTS, LABELS, config, seed=0, epoch=1)
     assert len(texts) == len(labels) == 4 * 30
     assert texts[::4] == TEXTS and [labels[i::4] for i in range(4)] == [LABELS] * 4
 
 
-def test_new_texts_depend_on_seed_epoch_and_row_alone():
-    config = AugmentationConfig(n_aug=2)
+@BOTH
+def test_new_texts_depend_on_seed_epoch_and_row_alone(kind):
+    config = AugmentationConfig(kind, n_aug=2)
     first = augment_texts(TEXTS, LABELS, config, 1, 2)[0]
     assert first == augment_texts(TEXTS, LABELS, config, 1, 2)[0]
     assert first != augment_texts(TEXTS, LABELS, config, 1, 3)[0]
@@ -141,8 +166,9 @@ def test_new_texts_depend_on_seed_epoch_and_row_alone():
     assert changed[3:] == first[3:], "a row depends on the rows before it"
 
 
-def test_fixed_texts_are_the_same_in_every_epoch():
-    config = AugmentationConfig(n_aug=2, fresh=False)
+@BOTH
+def test_fixed_texts_are_the_same_in_every_epoch(kind):
+    config = AugmentationConfig(kind, n_aug=2, fresh=False)
     assert augment_texts(TEXTS, LABELS, config, 1, 2) == augment_texts(TEXTS, LABELS, config, 1, 3)
 
 
@@ -178,10 +204,18 @@ def test_the_table_is_small_and_has_its_licence():
     assert "WordNet 3.0 Copyright 2006 by Princeton University" in (folder / "LICENSE").read_text()
 
 
-def test_texts_of_another_script_are_refused_by_name():
+def test_texts_that_can_not_be_augmented_are_refused_by_name():
     with pytest.raises(DataError, match=r"news\.csv: 2 of 3 training texts .*'Нефть дорожает'.*n_aug = 0"):
-        check_script(["Oil", "Нефть дорожает", "石油"], "news.csv")
-    check_script(["Oil", "Öl wird teurer", "石油", "1,000 !"], "news.csv")
+        check_texts(["Oil", "Нефть дорожает", "石油"], "news.csv", "eda")
+    check_texts(["Oil", "Öl wird teurer", "石油", "1,000 !"], "news.csv", "eda")
+    with pytest.raises(DataError, match=r"news\.csv: 2 of 3 training texts have no space .*'Oil'.*n_aug = 0"):
+        check_texts(["Oil", "Нефть дорожает", "石油价格上涨"], "news.csv", "aeda")
+    check_texts(["Нефть дорожает", "石油价格上涨"], "news.csv", "aeda")
+
+
+def test_an_alpha_for_aeda_is_refused_by_name():
+    with pytest.raises(DataError, match=r"data.augmentation.alpha is 0.05, but AEDA has no alpha; remove it"):
+        AugmentationConfig("aeda", n_aug=1, alpha=0.05)
 
 
 @pytest.mark.parametrize(("field", "value"), [("n_aug", -1), ("alpha", 1.0), ("alpha", -0.1), ("alpha", float("nan"))])
