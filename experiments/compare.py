@@ -95,7 +95,7 @@ def compare(arguments: Arguments) -> int:
         return code
     results = [_result(arguments.output, run, arguments.seeds) for run in best]
     write_text_atomic(arguments.output / "methods.md", summary(results))
-    save_png(partial(draw, results=results), arguments.output / "methods.png", (7, 4.4))
+    save_png(partial(draw, results=results), arguments.output / "methods.png", (8, 4.6))
     say(f"\n{summary(results)}\nwritten to {arguments.output}/methods.md and .png")
     return 0
 
@@ -154,12 +154,26 @@ def summary(results: Sequence[Result]) -> str:
 
 
 def draw(axes: Axes, results: Sequence[Result]) -> None:
-    """Accuracy over trained parameters, one point per configuration, with its spread."""
-    for number, row in enumerate(results):
+    """Accuracy over trained parameters, with its spread; the sizes of one file are joined.
+
+    A configuration that trains ten times as many parameters as the smallest is a line across.
+    """
+    files: dict[str, list[Result]] = {}
+    for row in sorted(results, key=lambda row: row.trained):
+        files.setdefault(row.name.partition("+")[0], []).append(row)
+    limit = 10 * min(row.trained for row in results)
+    for number, (name, rows) in enumerate(sorted(files.items())):
         colour, marker = PALETTE[number % len(PALETTE)], "os^DvP"[number // len(PALETTE) % 6]
-        axes.errorbar(row.trained, row.mean, row.spread, fmt=marker, color=colour, capsize=3, label=row.name)
-    axes.set(xscale="log", xlabel="trained parameters", ylabel="test accuracy (%)")
-    axes.legend(fontsize=7, ncols=2)
+        for row in rows:
+            if row.trained > limit:
+                axes.axhline(row.mean, color=colour, linestyle="--", linewidth=1, label=f"{name}: {row.trained:,}")
+        points = [(row.trained / 1000, row.mean, row.spread) for row in rows if row.trained <= limit]
+        if points:
+            trained, means, spreads = zip(*points, strict=True)
+            axes.plot(trained, means, color=colour, marker=marker, linewidth=1, label=name)
+            axes.errorbar(trained, means, spreads, fmt="none", color=colour, alpha=0.4, linewidth=1)
+    axes.set(xlabel="trained parameters (thousands)", ylabel="test accuracy (%)")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 if __name__ == "__main__":

@@ -185,15 +185,17 @@ def test_curves_of_several_runs_in_one_plot(forks, no_curves, grid, tmp_path, ca
 
 def test_a_comparison_takes_the_rate_that_is_best_on_the_validation_split(forks, no_curves, grid, tmp_path):
     output = tmp_path / "all"
-    arguments = CompareArguments((grid,), output=output, rates=(1e-5, 3e-2), seeds=2, jobs=2, set=("lora.rank=2",))
+    arguments = CompareArguments(
+        (grid,), output=output, factors=(1e-3, 3.0), seeds=2, jobs=2, set=("lora.rank=2", "train.learning_rate=0.01")
+    )
     assert compare(arguments) == 0
     scores = {}
     for rate in ("1e-05", "0.03"):
-        report = json.loads((output / "trials" / "runs" / f"grid+learning_rate={rate}-s0" / "report.json").read_text())
+        report = json.loads((output / "runs" / f"grid+learning_rate={rate}-s0" / "report.json").read_text())
         scores[rate] = report["validation"]["accuracy"], -report["validation"]["loss"]
     best = max(scores, key=scores.get)
-    finals = sorted((output / "finals" / "runs").glob("grid*"))
-    assert [path.name for path in finals] == [f"grid+learning_rate={best}-s{seed}" for seed in (0, 1)]
+    finals = [output / "runs" / f"grid+learning_rate={best}-s{seed}" for seed in (0, 1)]
+    assert len([*(output / "runs").iterdir()]) == 3, "the trial is the run with the first seed"
     tests = [100 * json.loads((path / "report.json").read_text())["test"]["accuracy"] for path in finals]
     shown = f"{statistics.mean(tests):.2f} ± {statistics.stdev(tests):.2f}"
     assert re.search(rf"\| grid \| [\d,]+ \| {float(best):g} \| {shown} \|", (output / "methods.md").read_text())
