@@ -3,6 +3,8 @@
     python evaluate.py runs/quickstart
     python evaluate.py runs/quickstart --text "Oil prices rise" "Cup final goes to penalties"
     python evaluate.py runs/quickstart --predict unlabelled.csv --out submission.csv
+    python evaluate.py runs/quickstart --on 20newsgroups --map map.toml
+    python evaluate.py runs/quickstart --noise
     python evaluate.py runs/quickstart --speed
     python evaluate.py runs/quickstart --merged --export merged/
     python evaluate.py --adapter runs/news --adapter runs/mails --text "Oil prices rise"
@@ -16,6 +18,7 @@ import copy
 import csv
 import dataclasses
 import math
+import random
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -30,6 +33,7 @@ from data.assets import TOKENIZER_FILES, fetch_checkpoint
 from data.batching import Batch, EncodedSplit, encode_split, evaluation_batches, joined
 from data.cleaning import make_cleaner
 from data.errors import DataError
+from data.noise import DAMAGES, SEVERITIES
 from data.sources import LabelledText, Split, listed, load_source, read_unlabelled
 from lora.files import atomic_write
 from lora.inject import merge_lora, unload_lora
@@ -40,14 +44,16 @@ from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
 from roberta.tokenizer import TextTokenizer
 from roberta.weights import has_head, refuse_regression, save_checkpoint
+from training.class_map import load_other, map_texts
 from training.classes import match_classes, numbered
 from training.command_line import parse_options, run_command
 from training.config import RunConfig, read_config
 from training.errors import ConfigError
+from training.plots import draw_noise, save_png
 from training.precision import Compute, choose_compute
 from training.progress import say
 from training.run_folder import RunFolder
-from training.scoring import check_finite, class_names, predict, score
+from training.scoring import Scores, check_finite, class_names, predict, score
 from training.setup import load_base
 from training.speed import measure_speed, speed_table
 
@@ -78,6 +84,12 @@ class Arguments:
     """For --predict: the encoding of a text file; a byte-order mark takes precedence."""
     indices: bool = False
     """For --predict: write the number of the class instead of its name."""
+    on: str | None = None
+    """Score the test texts of another source: a value of data.source (a file: all rows), or a TOML file with [data]."""
+    map: Path | None = None
+    """For --on: a TOML file of lines "class of the source" = "class of the adapter"; equal names unless given."""
+    noise: bool = False
+    """Print and draw (plots/noise.png) the accuracy on test texts with typing errors, markup, lost words and others."""
     speed: bool = False
     """Measure texts per second and time per call, adapters separate and merged, at batch 1 and 64."""
     merged: bool = False
@@ -250,17 +262,20 @@ def classify(adapters: Sequence[Trained], texts: list[str]) -> list[torch.Tensor
 
     Each adapter gets the texts cleaned and truncated as in its training.
     """
-    splits = []
-    for trained in adapters:
-        split = encode_split(Split([trained.clean(text) for text in texts], [0] * len(texts)), trained.tokenizer)
-        if split.truncated:
-            say(f"            {split.truncated:,} texts are longer than {split.max_length} tokens and are truncated")
-        splits.append(split)
+    splits = [_encode(trained, Split(texts, [0] * len(texts))) for trained in adapters]
     found = [_logits(adapters[0], splits[0])] if len(adapters) == 1 else _logits_of_several(adapters, splits)
     return [
         torch.sigmoid(logits) if trained.model.config.multi_label else torch.softmax(logits, dim=1)
         for trained, logits in zip(adapters, found, strict=True)
     ]
+
+
+def _encode(trained: Trained, split: Split, announce: bool = True) -> EncodedSplit:
+    """The texts, cleaned and truncated as in training; `announce` says how many are truncated."""
+    encoded = encode_split(Split([*map(trained.clean, split.texts)], split.labels), trained.tokenizer)
+    if encoded.truncated and announce:
+        say(f"            {encoded.truncated:,} texts are longer than {encoded.max_length} tokens and are truncated")
+    return encoded
 
 
 def _logits(trained: Trained, split: EncodedSplit) -> torch.Tensor:
@@ -313,9 +328,40 @@ def write_predictions(adapters: dict[str, Trained], arguments: Arguments) -> Non
     say(f"written     {out}: {len(ids):,} rows")
 
 
+def _score(trained: Trained, split: Split, announce: bool = True) -> Scores:
+    encoded = _encode(trained, split, announce)
+    return score(_logits(trained, encoded), encoded.labels, trained.label_names)
+
+
+def report_on(trained: Trained, source: str, path: Path | None) -> None:
+    """Print the scores on another source, whose classes the file `path` maps to the adapter's."""
+    if trained.model.config.multi_label:
+        raise ConfigError("--on needs one class per text, but the adapter is multi-label; leave --on out")
+    mapped = map_texts(load_other(source), trained.label_names, path)
+    encoded = _encode(trained, mapped.split)
+    scores = score(mapped.group_logits(_logits(trained, encoded)), encoded.labels, tuple(mapped.groups))
+    say(f"\n{scores.table()}\n\n{scores.headline()} on {len(encoded.labels):,} texts of {source}")
+
+
+def report_noise(trained: Trained, folder: RunFolder) -> None:
+    """Print the accuracy on the test texts by damage and severity, and draw it."""
+    split = _test_split(trained)
+    undamaged = _score(trained, split).accuracy
+    say("\naccuracy (%) by severity: the share of words, or of marks, that are damaged")
+    say(f"{'':<14}" + "".join(f"{severity:>8.2f}" for severity in (0, *SEVERITIES)))
+    accuracies: dict[str, list[float]] = {}
+    for name, damage in DAMAGES.items():
+        splits = (Split(damage(split.texts, severity, random.Random(0)), split.labels) for severity in SEVERITIES)
+        accuracies[name] = [undamaged, *(_score(trained, damaged, announce=False).accuracy for damaged in splits)]
+        say(f"{name:<14}" + "".join(f"{100 * accuracy:>8.2f}" for accuracy in accuracies[name]))
+    folder.plots.mkdir(exist_ok=True)
+    save_png(lambda axes: draw_noise(axes, (0, *SEVERITIES), accuracies), folder.plots / "noise.png", (6.6, 3.6))
+    say(f"\nwritten     {folder.plots / 'noise.png'}")
+
+
 def report_speed(trained: Trained) -> None:
     """Print texts per second and time per call on the test texts, adapters separate and merged, side by side."""
-    split = encode_split(_test_split(trained), trained.tokenizer, description="tokenizing test")
+    split = _encode(trained, _test_split(trained))
     merged = copy.deepcopy(trained.model)
     merge_lora(merged)
     models = {"adapters separate": trained.model, "adapters merged": unload_lora(merged)}
@@ -332,7 +378,7 @@ def report_speed(trained: Trained) -> None:
 
 
 def _test_split(trained: Trained) -> Split:
-    """The cleaned test texts. Raises ConfigError if there are no settings, or other classes than the adapter's."""
+    """The test texts. Raises ConfigError if there are no settings, or other classes than the adapter's."""
     if not trained.has_data:
         raise ConfigError("an adapter alone has no test split; add --config FILE.toml, or --text")
     config = trained.config
@@ -343,7 +389,7 @@ def _test_split(trained: Trained) -> Split:
     if text.multi_label != trained.model.config.multi_label:
         which = "the data is multi-label, the adapter is not" if text.multi_label else "the adapter is multi-label only"
         raise ConfigError(f"{text.origin}: {which}; give data like that of its training")
-    return text.cleaned(config.data.cleaning).test
+    return text.test
 
 
 def check_arguments(arguments: Arguments) -> None:
@@ -355,6 +401,8 @@ def check_arguments(arguments: Arguments) -> None:
     questions = {
         "--text and --file": arguments.text is not None or arguments.file is not None,
         "--predict": arguments.predict is not None,
+        "--on": arguments.on is not None,
+        "--noise": arguments.noise,
         "--speed": arguments.speed,
     }
     if sum(questions.values()) > 1:
@@ -362,6 +410,8 @@ def check_arguments(arguments: Arguments) -> None:
         raise ConfigError(f"{given} ask for different things; give one of them")
     if arguments.adapter and not (questions["--text and --file"] or questions["--predict"]):
         raise ConfigError("--adapter needs --text, --file or --predict; scores and speed are those of one folder")
+    if arguments.map is not None and arguments.on is None:
+        raise ConfigError("--map has no effect without --on; remove it")
     if arguments.adapter and (arguments.merged or arguments.export is not None):
         raise ConfigError("--merged and --export are for one folder; several adapters can't be merged into one base")
     export = arguments.export
@@ -406,11 +456,15 @@ def evaluate(arguments: Arguments) -> int:
                 say(f"{adapter:<{width}}{'  ' if adapter else ''}{answers}   {text[:80]}")
     elif arguments.predict is not None:
         write_predictions(adapters, arguments)
+    elif arguments.on is not None:
+        report_on(trained, arguments.on, arguments.map)
+    elif arguments.noise:
+        assert arguments.run is not None, "checked by check_arguments"
+        report_noise(trained, RunFolder(arguments.run))
     elif arguments.speed:
         report_speed(trained)
     elif arguments.export is None:
-        split = encode_split(_test_split(trained), trained.tokenizer, description="tokenizing test")
-        scores = score(_logits(trained, split), split.labels, trained.label_names)
+        scores = _score(trained, _test_split(trained))
         say(f"\n{scores.table()}\n\n{scores.summary()}")
 
     if arguments.export is not None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from data.noise import DAMAGES
 from evaluate import Arguments, evaluate, load_several
 from lora.config import LoRAConfig
 from lora.inject import inject_lora
@@ -329,6 +330,7 @@ def test_unusable_arguments_are_a_one_line_error(command, finished, tmp_path):
         ([folder, "--file", tmp_path / "none.txt"], "none.txt: can't be read"),
         ([folder, "--base", "nothing-here"], "nothing-here"),
         ([folder, "--text", "oil", "--speed"], "--text and --file, --speed ask for different things"),
+        ([folder, "--text", "oil", "--noise"], "--text and --file, --noise ask for different things"),
         ([folder, "--text", "oil", "--predict", "a.csv", "--out", "b.csv"], "--predict ask for different things"),
         ([folder, "--export", tmp_path / "gap.txt"], "gap.txt: exists and is not an empty folder"),
         ([folder, "--predict", "a.csv", "--out", tmp_path / "no" / "b.csv"], "there is no folder"),
@@ -478,6 +480,51 @@ def test_speed_is_reported_for_both_forms_and_batch_sizes(command, finished):
         assert rate > 0 and 0 < median <= p95
     code, _, err = command(folder, "--speed", "--merged")
     assert code == EXIT_BAD_INPUT and "--speed measures both" in err
+
+
+def test_another_source_is_scored_by_a_map(command, finished, tmp_path):
+    folder, line = finished
+    config = read_config(folder / "config.toml")
+    table = command(folder)[1].split("\n\n")[1]
+    # Its own test split, by its settings and as a file.
+    for own in (folder / "config.toml", config.data.test_file):
+        code, out, err = command(folder, "--on", own)
+        assert code == 0 and table in out and f"\n{line.split('   ')[0].removeprefix('test ')} on 40 texts" in out, err
+    names = {"sports": "cricket", "business": "trade"}
+    rows = [(names[label], text) for label, text in tiny_rows(40, seed=1)] + [
+        ("weather", "rain"),
+        ("art", "a play"),
+    ] * 3
+    (tmp_path / "other.csv").write_text("".join(f"{label},{text}\n" for label, text in [("label", "text"), *rows]))
+    (tmp_path / "map.toml").write_text('cricket = "sports"\ntrade = "business"\n')
+    on = (folder, "--on", tmp_path / "other.csv")
+    for more in ((), ("--merged",)):
+        code, out, _ = command(*on, "--map", tmp_path / "map.toml", *more)
+        assert code == 0 and table in out and "6 texts of classes that are not mapped: weather 3, art 3" in out
+    (tmp_path / "map.toml").write_text('cricket = "sports"\nweather = ["business", "sports"]\n')
+    for arguments, says in [
+        (on, "no name is equal; map them by --map FILE"),
+        ((*on, "--map", tmp_path / "map.toml"), "'weather' and 'cricket' share classes"),
+        ((folder, "--map", tmp_path / "map.toml"), "--map has no effect without --on; remove it"),
+        ((folder, "--on", tmp_path / "none.csv"), "none.csv"),
+        ((*on, "--noise"), "--on, --noise ask for different things"),
+        (("--adapter", folder, *on[1:]), "--adapter needs --text, --file or --predict"),
+    ]:
+        code, _, err = command(*arguments)
+        assert code == EXIT_BAD_INPUT and says in err and err.count("\n") == 1, (arguments, err)
+
+
+def test_noise_lowers_the_accuracy_from_that_of_the_test_split(command, finished, tiny_checkpoint):
+    folder, line = finished
+    alone = (folder / "adapter", "--base", tiny_checkpoint, "--config", folder / "config.toml")
+    for given in ((folder,), alone):
+        code, out, err = command(*given, "--noise")
+        assert code == 0, err
+        rows = {words[:14].strip(): words[14:].split() for words in out.split("accuracy (%)")[1].splitlines()[2:8]}
+        assert list(rows) == list(DAMAGES) and {row[0] for row in rows.values()} == {line.split()[2]}
+        # The tiny tokenizer knows whole words in lower case alone; the texts have no punctuation.
+        assert float(rows["typing errors"][4]) < float(rows["typing errors"][0]) == float(rows["no punctuation"][4])
+        assert (given[0] / "plots" / "noise.png").is_file()
 
 
 @pytest.fixture
