@@ -516,7 +516,8 @@ def test_another_source_is_scored_by_a_map(command, finished, tmp_path):
 
 def test_noise_lowers_the_accuracy_from_that_of_the_test_split(command, finished, tiny_checkpoint):
     folder, line = finished
-    alone = (folder / "adapter", "--base", tiny_checkpoint, "--config", folder / "config.toml")
+    (folder / "clean.toml").write_text((folder / "config.toml").read_text().replace("html = false", "html = true"))
+    alone = (folder / "adapter", "--base", tiny_checkpoint, "--config", folder / "clean.toml")
     for given in ((folder,), alone):
         code, out, err = command(*given, "--noise")
         assert code == 0, err
@@ -524,6 +525,7 @@ def test_noise_lowers_the_accuracy_from_that_of_the_test_split(command, finished
         assert list(rows) == list(DAMAGES) and {row[0] for row in rows.values()} == {line.split()[2]}
         # The tiny tokenizer knows whole words in lower case alone; the texts have no punctuation.
         assert float(rows["typing errors"][4]) < float(rows["typing errors"][0]) == float(rows["no punctuation"][4])
+        assert ({*rows["markup"]} == {rows["markup"][0]}) == (given == alone)  # cleaning comes after the damage
         assert (given[0] / "plots" / "noise.png").is_file()
 
 

@@ -156,3 +156,14 @@ def test_class_weights_and_data_of_the_other_kind_are_refused(command, trained, 
     assert code == EXIT_BAD_INPUT and "train.class_weights" in err and not (tmp_path / "weighted").exists()
     code, _, err = command("evaluate", folder / "adapter", "--config", tiny_config)
     assert code == EXIT_BAD_INPUT and "multi-label" in err and err.count("\n") == 1
+
+
+def test_noise_lowers_the_share_of_exact_matches_and_another_source_is_refused(command, trained):
+    _, folder = trained
+    report = json.loads((folder / "report.json").read_text())
+    code, out, err = command("evaluate", folder, "--noise")
+    rows = [line.split() for line in out.splitlines() if line.startswith("lost words")]
+    assert code == 0 and float(rows[0][2]) == pytest.approx(100 * report["test"]["accuracy"], abs=0.005), err
+    assert float(rows[0][6]) < float(rows[0][2])
+    code, _, err = command("evaluate", folder, "--on", folder / "config.toml")
+    assert code == EXIT_BAD_INPUT and "--on needs one class per text" in err and err.count("\n") == 1

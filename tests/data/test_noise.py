@@ -37,8 +37,8 @@ def changed_words(damage, severity):
 @pytest.mark.parametrize("severity", [0.1, 0.4, 1.0])
 def test_the_severity_is_the_share_of_words_or_marks(severity):
     close = pytest.approx(severity, abs=0.03)  # 1,800 words: twice the standard error of a share of 0.4 is 0.023
-    assert changed_words(typing_errors, severity) == close  # each word of the row has letters, in one run
-    assert changed_words(other_case, severity) == close
+    assert changed_words(DAMAGES["typing errors"], severity) == close  # each word of the row has letters, in one run
+    assert changed_words(DAMAGES["other case"], severity) == close
     damaged = "".join(no_punctuation(TEXTS, severity, random.Random(0)))
     assert 1 - sum(damaged.count(mark) for mark in ",;().") / 600 == pytest.approx(severity, abs=0.04)
     marked = "".join(markup(TEXTS, severity, random.Random(0)))
