@@ -32,7 +32,7 @@ from training.distributed import ALONE, World, join
 from training.precision import Compute
 from training.progress import say
 from training.recorder import Recorder
-from training.scoring import Scores, predict, score, text_losses
+from training.scoring import Scores, predict, r_drop_losses, score, text_losses
 from training.setup import Inputs, epoch_batches, load_base, load_inputs, recompute_activations, set_up_process
 
 
@@ -45,15 +45,16 @@ def train_step(
     compute: Compute,
     max_grad_norm: float,
     world: World = ALONE,
+    r_drop: float = 0.0,
 ) -> Tensor:
     """One optimizer step on `batches`, which count as one large batch (gradient accumulation).
 
         loss = sum over all texts of w L(logits, labels) / sum over all texts of w
 
-    L is the text's loss (`text_losses`), w its weight: 1, or that of its class (train.class_weights); AdaLoRA adds its
-    penalty. Returns that loss in nats, a scalar still on the device: reading it is the caller's decision, as it makes a
-    GPU wait. With fp16 a step whose gradients overflow changes nothing but the loss scale (Micikevicius et al. 2018).
-    `max_grad_norm` = 0 leaves the gradients as they are.
+    L is the text's loss (`text_losses`; with R-Drop `r_drop_losses`), w its weight: 1, or that of its class
+    (train.class_weights); AdaLoRA adds its penalty. Returns that loss in nats, a scalar still on the device: reading it
+    is the caller's decision, as it makes a GPU wait. With fp16 a step whose gradients overflow changes nothing but the
+    loss scale (Micikevicius et al. 2018). `max_grad_norm` = 0 leaves the gradients as they are.
     Of several processes each holds some of the texts, and all make the same step.
     """
     total_weight = sum(batch.total_weight for batch in batches)  # over all processes; the number of texts if w = 1
@@ -65,6 +66,8 @@ def train_step(
         with compute.autocast():
             logits = model(input_ids, attention_mask)  # (batch, classes)
             losses = text_losses(logits, labels)  # (batch,)
+            if r_drop > 0:  # the same texts again, with other dropout masks
+                losses = r_drop_losses(logits, model(input_ids, attention_mask), labels, r_drop)
             # Divided by the weights of all batches: each text counts as in one large batch, also in a shorter last one.
             loss = (batch.weights.to(losses, non_blocking=True) * losses).sum() / total_weight
         loss = loss + orthogonality_penalty(model, batch.weights.sum().item() / total_weight)  # AdaLoRA alone
@@ -138,7 +141,9 @@ def train_epoch(
     while group := list(islice(remaining, settings.accumulation_steps)):
         world.seed(settings.seed, recorder.state.step)  # of several processes each draws its own dropout masks
         learning_rate = float(schedule.get_last_lr()[0])
-        loss = train_step(model, group, optimizer, schedule, scaler, compute, settings.max_grad_norm, world)
+        loss = train_step(
+            model, group, optimizer, schedule, scaler, compute, settings.max_grad_norm, world, settings.r_drop
+        )
         recorder.record_step(loss, learning_rate, group)
         if recorder.interrupted:
             return
@@ -148,15 +153,9 @@ def evaluate_split(
     model: nn.Module, inputs: Inputs, name: str, config: RunConfig, compute: Compute, world: World = ALONE
 ) -> tuple[Scores, Tensor]:
     """Scores and logits (texts, labels) of the split `name`, without dropout and gradients."""
-    split = inputs.splits[name]
-    batches = evaluation_batches(
-        split,
-        config.train.eval_batch_size,
-        inputs.tokenizer.pad_token_id,
-        config.data.padding,
-        compute.device,
-        world.share,
-    )
+    split, batch_size = inputs.splits[name], config.train.eval_batch_size
+    pad_token_id = inputs.tokenizer.pad_token_id
+    batches = evaluation_batches(split, batch_size, pad_token_id, config.data.padding, compute.device, world.share)
     # A row is 0 in all processes but one, so the sum is exact, and all of them see the same scores.
     logits = world.sum(predict(model, batches, len(split.labels), compute))
     return score(logits, split.labels, inputs.text.label_names), logits

@@ -29,7 +29,7 @@ from training.config import parse_command_line
 OPTIONS = """
 --data.augmentation.n-aug 1 --train.accumulation-steps 2 --train.batch-size 7 --train.epochs 5 --train.patience 1
 --train.log-every 2 --train.checkpoint-steps 3 --train.eval-batch-size 4 --lora.dropout 0.1
---data.train-rows 32 --train.learning-rate 5e-2
+--data.train-rows 32 --train.learning-rate 5e-2 --train.r-drop 0.5
 --model.base-bits 4 --train.optimizer adamw8bit --train.gradient-checkpointing
 """.split()
 RESUMED = [*OPTIONS, "--p-tuning.encoder-dropout", "0.5"]

@@ -487,6 +487,21 @@ def test_balanced_class_weights_count_each_class_alike(run, tiny_config, tiny_da
     assert [batch.total_weight for batch in seen] == pytest.approx([batch.weights.sum().item() for batch in seen])
 
 
+def test_r_drop_passes_each_batch_twice_and_needs_dropout(run, tiny_config, tiny_data, monkeypatch):
+    real, seen = train_module.r_drop_losses, []
+    monkeypatch.setattr(train_module, "r_drop_losses", lambda *values: seen.append(values) or real(*values))
+    off = ("--model.hidden-dropout", 0, "--model.attention-dropout", 0, "--model.classifier-dropout", 0)
+    options = ("--train.epochs", 1, "--train.r-drop", 0.5, *off)
+    code, out, _ = run(tiny_config, *options, "--lora.dropout", 0.1)
+    assert code == 0 and "R-Drop      each text twice in a step, alpha 0.5" in out
+    assert len(seen) == json.loads((tiny_data / "run" / "report.json").read_text())["steps"]
+    # B is 0 in the first two steps, as warm-up starts at a rate of 0: LoRA's dropout has no effect yet.
+    assert all(alpha == 0.5 and not torch.equal(one, other) for one, other, _, alpha in seen[2:])
+
+    code, _, err = run(tiny_config, *options, "--overwrite")
+    assert code == EXIT_BAD_INPUT and "train.r_drop compares two passes" in err and err.count("\n") == 1
+
+
 def test_eda_on_another_script_is_refused(run, tiny_config, tiny_data):
     rows = "".join(f"{i % 2},слово номер {i}\n" for i in range(40))
     (tiny_data / "train.csv").write_text(f"label,text\n{rows}", encoding="utf-8")

@@ -31,6 +31,26 @@ def text_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(dim=1)
 
 
+def r_drop_losses(logits: torch.Tensor, again: torch.Tensor, labels: torch.Tensor, alpha: float) -> torch.Tensor:
+    """R-Drop's loss of each text, (texts,), from logits p, q (texts, classes) of two passes with other dropout masks.
+
+        (L(p) + L(q)) / 2 + alpha / 4 (KL(P || Q) + KL(Q || P)),   P = softmax(p), Q = softmax(q), L: `text_losses`
+
+    That is half of the paper's equation 4, L(p) + L(q) + alpha / 2 (KL(P || Q) + KL(Q || P)), so that equal passes have
+    the loss of one. The normalizers of the softmax cancel in the sum of both divergences:
+
+        KL(P || Q) + KL(Q || P) = sum over c of (P_c - Q_c) (p_c - q_c)
+
+    Multi-label: each class is a distribution of its own, yes or no, with P_c = sigmoid(p_c), and the same product is
+    its divergence; the mean over the classes, as in `text_losses`. Source: Liang et al. 2021, section 2.2.
+    """
+    losses = (text_losses(logits, labels) + text_losses(again, labels)) / 2
+    p, q = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (logits, again))  # not in 16 bits
+    if labels.ndim == 1:
+        return losses + alpha / 4 * ((p.softmax(dim=1) - q.softmax(dim=1)) * (p - q)).sum(dim=1)
+    return losses + alpha / 4 * ((p.sigmoid() - q.sigmoid()) * (p - q)).mean(dim=1)
+
+
 def predicted_labels(logits: torch.Tensor, multi_label: bool) -> np.ndarray:
     """The most likely class of each text; multi-label, 1 for each class with a probability above 0.5, else 0."""
     return (logits > 0).long().numpy() if multi_label else logits.argmax(dim=1).numpy()

@@ -17,6 +17,7 @@ from data.assets import Checkpoint, fetch_checkpoint, sha256_of
 from data.augmentation import augment_texts, check_texts
 from data.batching import WIDTH_MULTIPLE, Batch, EncodedSplit, encode_split, training_batches
 from data.sources import LabelledText, Split, load_source
+from lora.config import MethodConfig
 from lora.quantized import quantize
 from roberta.config import RobertaConfig
 from roberta.files import weight_files
@@ -119,6 +120,9 @@ def load_inputs(config: RunConfig, world: World) -> Inputs:
     # The data decides: a head that the checkpoint already has is trained further by the loss that fits the labels.
     kind = "multi_label_classification" if text.multi_label else "single_label_classification"
     model_config = dataclasses.replace(model_config, label_names=text.label_names, problem_type=kind, **changed)
+    if settings.r_drop:
+        check_dropout(model_config, config.methods)
+        say(f"R-Drop      each text twice in a step, alpha {settings.r_drop:g}")
     check_budget(model_config, config.methods, settings.max_trainable)  # before anything large is read
     virtual = sum(method.num_virtual_tokens for method in config.methods)
     if config.data.max_length + virtual > model_config.max_length:
@@ -142,6 +146,17 @@ def load_inputs(config: RunConfig, world: World) -> Inputs:
     batches = -(-texts // settings.batch_size)
     steps_per_epoch = -(-batches // settings.accumulation_steps)
     return Inputs(text, checkpoint, model_config, tokenizer, splits, new_head, steps_per_epoch)
+
+
+def check_dropout(model: RobertaConfig, methods: Iterable[MethodConfig]) -> None:
+    """Raise ConfigError if no dropout is on: R-Drop's two passes would then be the same."""
+    rates = [model.hidden_dropout_prob, model.attention_probs_dropout_prob, model.classifier_dropout]
+    rates += [getattr(method, name, 0) for method in methods for name in ("dropout", "encoder_dropout")]
+    if not any(rates):
+        raise ConfigError(
+            "train.r_drop compares two passes with other dropout masks, but no dropout is on; "
+            "set model.hidden_dropout, or train.r_drop = 0"
+        )
 
 
 def load_base(directory: Path, config: RobertaConfig, new_head: bool, bits: int) -> RobertaForSequenceClassification:

@@ -175,6 +175,54 @@ def test_class_weights_and_multi_label_give_the_loss_and_gradients_of_one_large_
             assert_close(world.gradients[i], expected[name], what=name)
 
 
+def one_pass_alone(logits, labels, weights):
+    """Sum of the weighted losses, and the distributions (texts, distributions, outcomes), all by their definition."""
+    if labels.ndim == 1:
+        p = torch.softmax(logits, dim=1)[:, None]
+        truth = F.one_hot(labels, logits.shape[1])[:, None]
+    else:
+        p = torch.stack([torch.sigmoid(logits), 1 - torch.sigmoid(logits)], dim=2)
+        truth = torch.stack([labels, 1 - labels], dim=2)
+    return (weights * -(truth * p.log()).sum(dim=2).mean(dim=1)).sum(), p
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+@pytest.mark.parametrize("multi_label", [False, True], ids=["class weights", "multi-label"])
+def test_r_drop_is_half_of_the_papers_loss_with_the_same_masks(tmp_path, multi_label, processes):
+    """Liang et al. 2021, equation 4, over transformers and peft; four processes leave some batches without a text."""
+    config = LoRAConfig(rank=3, dropout=0.4, layers_to_transform=(0,))  # the last layer draws masks for <s> alone
+    ours, theirs = adapted_pair(tmp_path, config, classifier_dropout=0.6)
+    ours.train(), theirs.train()
+    split, classes, alpha = encoded_texts(), np.resize([0, 0, 2, 0, 1, 0, 0], 64), 1.7
+    labels = np.random.default_rng(2).integers(0, 2, (64, 3)) if multi_label else classes
+    split = dataclasses.replace(split, labels=labels, weights=None if multi_label else 0.5 + classes)
+    rows = [np.array(part) for part in ([0, 1, 2, 3, 4], [5, 6, 7], [8])]
+    shares = [[collate(split, p, 1, "longest", slice(k, None, processes)) for p in rows] for k in range(processes)]
+
+    torch.manual_seed(3)
+    nll, divergence, differ = 0.0, 0.0, 0.0
+    for batch in (batch for share in shares for batch in share):
+        passes = [theirs(batch.input_ids, batch.attention_mask).logits for _ in range(2)]
+        (one, p), (other, q) = (one_pass_alone(logits, batch.labels, batch.weights) for logits in passes)
+        kl = (p * (p / q).log()).sum(dim=2).mean(dim=1) + (q * (q / p).log()).sum(dim=2).mean(dim=1)
+        nll, divergence = nll + one + other, divergence + (batch.weights * kl).sum() / 2
+        differ = max(differ, (p - q).abs().max().item())
+    loss = (nll + alpha * divergence) / 2 / sum(batch.total_weight for batch in shares[0])
+    loss.backward()
+    assert differ > 0.1, "both passes have the same masks"
+
+    torch.manual_seed(3)
+    world, optimizer = _Summed(), torch.optim.SGD([p for p in ours.parameters() if p.requires_grad], lr=0.0)
+    for share in shares:
+        train_step(ours, share, optimizer, make_schedule(optimizer, 9, 0), CPU.grad_scaler(), CPU, 0.0, world, alpha)
+    assert_close(world.loss, loss, what="loss")
+    expected = {our_name(name): p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    assert len(world.gradients) == len(expected)
+    for i, (name, _) in enumerate(ours.named_parameters()):
+        if i in world.gradients:
+            assert_close(world.gradients[i], expected[name], what=name)
+
+
 def test_schedule_is_the_one_of_transformers():
     for total, warmup in [(50, 5), (10, 0), (7, 7), (1, 0), (100, 33)]:
         rates = []

@@ -63,6 +63,7 @@ def test_written_settings_are_equal_when_read_again(toml, tmp_path):
         ("[train]\nlearning_rate = nan", "train.learning_rate"),
         ("[train]\nbatch_size = -1", "batch_size is -1"),
         ("[train]\nwarmup_fraction = 2", "warmup_fraction is 2"),
+        ("[train]\nr_drop = -1", "train.r_drop is -1.0; it must be 0 or more"),
         ("[train]\nlora_plus_ratio = 0", "train.lora_plus_ratio is 0.0; it must be above 0"),
         ("[ia3]\n[train]\nlora_plus_ratio = 16", "train.lora_plus_ratio is 16, but there is no [lora]; add it"),
         ("[train]\nseed = 5000000000", "train.seed is 5000000000; it must be below 4294967296"),
