@@ -24,6 +24,7 @@ from lora.adalora import allocate_ranks, orthogonality_penalty
 from lora.inject import drop_encoders, inject_lora
 from lora.peft_format import load_adapter, save_adapter
 from training.adamw8bit import AdamW8bit
+from training.calibration import write_temperature
 from training.checkpoint import TrainState
 from training.classes import write_names
 from training.command_line import run_command
@@ -171,8 +172,8 @@ def out_of_patience(state: TrainState, patience: int) -> bool:
     return patience > 0 and state.epoch - 1 - state.best_epoch >= patience
 
 
-def save_run_adapter(model: nn.Module, inputs: Inputs, recorder: Recorder) -> None:
-    """Write the adapter as it is now into the run folder, with tokenizer and class names. Only process 0 writes."""
+def save_run_adapter(model: nn.Module, inputs: Inputs, recorder: Recorder, logits: Tensor | None = None) -> None:
+    """Write adapter, tokenizer, class names and, from validation `logits`, the temperature. Only process 0 writes."""
     if recorder.world.is_main:
         # A new head is not in the base checkpoint: it is saved completely, also where it is only partly trained.
         also = ("classifier",) if inputs.new_head else ()
@@ -181,6 +182,8 @@ def save_run_adapter(model: nn.Module, inputs: Inputs, recorder: Recorder) -> No
         inputs.tokenizer.save(folder)
         inputs.model_config.save(folder)
         write_names(recorder.folder.adapter_labels, inputs.text.label_names)
+        if logits is not None:
+            write_temperature(folder, logits, inputs.splits["validation"].labels)
 
 
 def train(config: RunConfig, world: World = ALONE) -> int:
@@ -223,10 +226,10 @@ def train(config: RunConfig, world: World = ALONE) -> int:
             train_epoch(train_model, batches, optimizer, schedule, scaler, compute, settings, recorder, world)
             if recorder.interrupted:
                 break
-            validation, _ = evaluate_split(model, inputs, "validation", config, compute, world)
+            validation, logits = evaluate_split(model, inputs, "validation", config, compute, world)
             if is_better(validation, state.best):
                 state.best, state.best_epoch = validation, state.epoch
-                save_run_adapter(model, inputs, recorder)
+                save_run_adapter(model, inputs, recorder, logits)
             recorder.end_epoch(validation)
             if recorder.interrupted:
                 break

@@ -51,6 +51,9 @@ def test_a_run_learns_and_writes_all_files(run, tiny_config, tiny_data):
     report = json.loads((folder / "report.json").read_text())
     assert report["complete"] and report["test"]["accuracy"] > 0.9
     assert f"test accuracy {100 * report['test']['accuracy']:.2f} %" in out
+    calibration = report["calibration"]
+    assert f"calibration error {calibration['error']:.3f} (" in out and calibration["coverage"][-1]["coverage"] == 1
+    assert calibration["temperature"] == float((folder / "adapter" / "temperature.json").read_text())
     assert f"{report['trainable_parameters']:,}" in out and "evaluate.py" in out and "head        new\n" in out
     assert "training texts per class: business: 43, sports: 43" in out
 
@@ -66,12 +69,14 @@ def test_a_run_learns_and_writes_all_files(run, tiny_config, tiny_data):
         "adapter/config.json",
         "adapter/adapter_model.safetensors",
         "adapter/labels.json",
+        "adapter/temperature.json",
         "adapter/tokenizer.json",
         "adapter/tokenizer_config.json",
         "plots/loss.png",
         "plots/learning_rate.png",
         "plots/scores.png",
         "plots/confusion.png",
+        "plots/calibration.png",
     }
     assert read_config(folder / "config.toml") == read_config(tiny_config)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -11,6 +11,8 @@ from training.plots import Curves, panels_of, read_curves, to_svg
 from training.progress import minutes
 from training.run_folder import RunFolder
 
+_CALIBRATION = {"calibration error": "error", "at temperature 1": "error_before", "temperature": "temperature"}
+
 
 def write_html_report(folder: RunFolder) -> None:
     """Write report.html into a run folder; an interrupted run gets a notice of what is missing.
@@ -55,6 +57,8 @@ def _facts(report: dict[str, Any]) -> dict[str, str]:
         facts["test exact match" if micro else "test accuracy"] = f"{100 * test['accuracy']:.2f} %"
         facts |= {"micro F1": f"{micro['f1']:.3f}"} if micro else {}
         facts |= {f"macro {name}": f"{test[name.lower()]:.3f}" for name in ("precision", "recall", "F1")}
+    if calibration := report.get("calibration"):
+        facts |= {name: f"{calibration[key]:.3f}" for name, key in _CALIBRATION.items()}
     trainable, total = report["trainable_parameters"], report["total_parameters"]
     return facts | {
         "trainable parameters": f"{trainable:,} ({100 * trainable / total:.2f} %)",

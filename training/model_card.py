@@ -56,6 +56,7 @@ def write_model_card(folder: RunFolder) -> None:
         multi_label=multi_label,
         facts=facts,
         test=test,
+        calibration=report.get("calibration"),
         best_epoch=report["best_epoch"],
         max_length=config["data"]["max_length"],
         cleaning=[step for step, on in config["data"]["cleaning"].items() if on],

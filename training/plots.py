@@ -65,7 +65,7 @@ def read_curves(folder: RunFolder) -> Curves:
 
 
 def draw_plots(folder: RunFolder) -> None:
-    """Write plots/loss.png, learning_rate.png, scores.png, confusion.png and ranks.png, as far as the run has data."""
+    """Write plots/NAME.png for each of `panels_of`, as far as the run has data."""
     folder.plots.mkdir(exist_ok=True)
     for name, (draw, size) in panels_of(read_curves(folder)).items():
         save_png(draw, folder.plots / f"{name}.png", size)
@@ -84,6 +84,8 @@ def panels_of(run: Curves) -> dict[str, tuple[Draw, tuple[float, float]]]:
         classes = len(report["label_names"])
         side = min(12 if classes <= _MOST_NAMED else 9, max(4.2, 2.3 + 0.32 * classes))  # the memory is side^2
         panels["confusion"] = lambda axes: _confusion(axes, report), (side + 0.7, side)
+    if report and (calibration := report.get("calibration")):  # multi-label has none
+        panels["calibration"] = lambda axes: _calibration(axes, calibration), (8.4, 4.0)
     if report and (ranks := report.get("ranks")):
         grid = rank_grid(ranks)
         panels["ranks"] = lambda axes: _ranks(axes, *grid), (2.6 + 0.32 * len(grid[1]), 1.6 + 0.32 * len(grid[0]))
@@ -229,6 +231,35 @@ def _font_families(texts: Sequence[str]) -> list[str]:
             if missing and "Last" not in entry.name and (left := lacking(entry.fname, missing)) < missing:
                 families, missing = [*families, entry.name], left
     return families
+
+
+def _calibration(axes: Axes, calibration: dict[str, Any]) -> None:
+    """Two diagrams in place of `axes`: accuracy over confidence (reliability), and accuracy over coverage."""
+    figure = axes.figure
+    axes.remove()
+    left, right = figure.subplots(1, 2)
+    percent = {
+        key: {name: 100 * np.array([row[name] for row in calibration[key]]) for name in calibration[key][0]}
+        for key in ("bins", "bins_before", "coverage")
+    }
+    left.plot([0, 100], [0, 100], color=PALETTE[7], linestyle="--", linewidth=1, label="calibrated")
+    temperature = calibration["temperature"]
+    curves = [("bins_before", "error_before", "without temperature", 1)] * (temperature != 1)
+    for key, error, name, i in [*curves, ("bins", "error", f"temperature {temperature:.3f}", 0)]:
+        x, y, texts = (percent[key][column] for column in ("confidence", "accuracy", "texts"))
+        label = f"{name}: error {calibration[error]:.3f}"
+        left.plot(x, y, color=PALETTE[i], marker=_MARKERS[i], markersize=2, linewidth=1, label=label)
+        left.scatter(x, y, 200 * texts / texts.sum(), color=PALETTE[i], marker=_MARKERS[i], alpha=0.6, clip_on=False)
+    left.set(xlabel="confidence (%); area of a marker: texts", title="Reliability, test split", xlim=(0, 102))
+    left.legend(frameon=False, fontsize=8)
+    coverage, accuracy = percent["coverage"]["coverage"], percent["coverage"]["accuracy"]
+    right.plot(coverage, accuracy, color=PALETTE[0], marker="o", markersize=4)
+    margin = max(0.5, 0.05 * (100 - accuracy.min()))
+    right.set(xlabel="coverage (%): the most confident texts", title="Accuracy over coverage, test split")
+    right.set(xlim=(0, 102), ylim=(accuracy.min() - margin, 100 + margin))
+    for side in (left, right):
+        side.set_ylabel("accuracy (%)")
+        side.grid(alpha=0.2)
 
 
 def rank_grid(ranks: dict[str, int]) -> tuple[list[str], list[str], np.ndarray]:

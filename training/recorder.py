@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from data.batching import Batch
 from lora.inject import count_parameters
+from training.calibration import calibrate, read_temperature
 from training.checkpoint import TrainState, check_fingerprints, load, restore, save
 from training.config import RunConfig
 from training.distributed import World
@@ -213,12 +214,15 @@ class Recorder:
         """
         state, folder, inputs, count = self.state, self.folder, self._inputs, self._count
         mistakes: list[dict[str, Any]] = []
+        calibration = None
         if logits is not None:
             labels, texts = inputs.splits["test"].labels, inputs.text.test.texts
-            mistakes = confident_mistakes(logits, labels, texts, inputs.text.label_names)
+            temperature = read_temperature(folder.adapter)  # 1 for multi-label data
+            mistakes = confident_mistakes(logits / temperature, labels, texts, inputs.text.label_names)
+            calibration = calibrate(logits, labels, temperature) if labels.ndim == 1 else None
         seconds = self._before[0] + time.perf_counter() - self._started
-        model, times = self._trained[0], (seconds, test_seconds)
-        report = build_report(self.config, inputs, model, count, self._compute, state, test, *times, mistakes)
+        model, times, found = self._trained[0], (seconds, test_seconds), (mistakes, calibration)
+        report = build_report(self.config, inputs, model, count, self._compute, state, test, *times, *found)
         folder.write_report(report)  # before the pages: a picture that fails takes no scores with it
         if test is None:
             epoch = report["epochs_run"]
@@ -230,6 +234,8 @@ class Recorder:
             deciding = "accuracy" if test.micro is None else "micro F1"
             say(f"\nbest epoch {state.best_epoch} by validation {deciding}, ties by loss; on the test split:\n")
             say(f"{test.table()}\n\n{test.summary()}")
+            if calibration:
+                say(calibration.summary())
         if self.world.is_main:
             write_pages(folder)
         peak = peak_memory_bytes(self._compute) / 2**20  # with that of drawing

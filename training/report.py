@@ -15,6 +15,7 @@ from torch import nn
 
 from lora.adapter import adapters
 from lora.inject import ParameterCount
+from training.calibration import Calibration
 from training.checkpoint import TrainState
 from training.config import RunConfig
 from training.precision import Compute
@@ -44,14 +45,16 @@ def build_report(
     seconds: float,
     test_seconds: float,
     mistakes: list[dict[str, Any]],
+    calibration: Calibration | None,
 ) -> dict[str, Any]:
-    """The content of report.json. `test` is None for an interrupted run."""
+    """The content of report.json. `test` is None for an interrupted run, `calibration` also for multi-label data."""
     return {
         "complete": test is not None,
         "test": dataclasses.asdict(test) if test else None,
         "validation": dataclasses.asdict(state.best) if state.best else None,
         "test_texts_per_second": len(inputs.text.test.texts) / test_seconds if test else None,
         "mistakes": mistakes,
+        "calibration": dataclasses.asdict(calibration) if calibration else None,
         "label_names": list(inputs.text.label_names),
         "problem_type": inputs.model_config.problem_type,
         "trainable_parameters": count.trainable,

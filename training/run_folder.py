@@ -3,7 +3,8 @@
 config.toml      the settings that were used
 labels.json      names of the classes, in the order of the logits
 metrics.jsonl    one line per logged step and per evaluation
-adapter/         the best adapter so far: peft's two files, config.json, the tokenizer, labels.json again
+adapter/         the best adapter so far: peft's two files, config.json, the tokenizer, labels.json again, and
+                 temperature.json, by which the logits are divided for probabilities
 checkpoint/      what an exact resume needs, until the run is finished
 report.json      final scores, counts, times
 report.html      the results on one page

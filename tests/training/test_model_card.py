@@ -48,8 +48,9 @@ def test_a_card_holds_the_reports_numbers_and_its_code_classifies(run_folder, ca
     (ours,) = classify([load_trained(Arguments(run=run_folder.path))], texts)
     assert replaced == 1 and printed == report["label_names"][ours[0].argmax()]
     with torch.no_grad():
-        logits = [loaded["model"](torch.tensor([ids])).logits[0] for ids in tokenizer.encode_batch(texts)]
-    torch.testing.assert_close(torch.stack(logits).softmax(dim=-1), ours, rtol=1e-5, atol=1e-6)
+        logits = torch.stack([loaded["model"](torch.tensor([i])).logits[0] for i in tokenizer.encode_batch(texts)])
+    expected = (logits.double() / report["calibration"]["temperature"]).softmax(dim=-1)
+    torch.testing.assert_close(expected, ours, rtol=1e-5, atol=1e-6)
 
 
 def test_cards_of_other_runs(run_folder):
@@ -66,6 +67,11 @@ def test_cards_of_other_runs(run_folder):
     assert "was interrupted" in interrupted and "The adapter is that of epoch" in interrupted
     assert "The adapter is that of the last step." in card(test=None, complete=False, best_epoch=0)
     assert "## Scores" not in interrupted and "test accuracy" not in interrupted
+
+    found = {"temperature": 1.5, "error": 0.02, "error_before": 0.05}
+    assert "softmax(logits / 1.500): expected calibration error 0.020" in card(calibration=found)
+    assert "are not calibrated" in card(calibration=found | {"temperature": 1.0})
+    assert "are not calibrated" in card(calibration=None)
 
     assert "PeftModel" in card(origins=report["origins"] | {"model_type": "xlm-roberta"})
     bert = card(origins=report["origins"] | {"model_type": "bert"})  # merged before transformers opens it
