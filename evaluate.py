@@ -44,6 +44,7 @@ from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
 from roberta.tokenizer import TextTokenizer
 from roberta.weights import has_head, refuse_regression, save_checkpoint
+from training.calibration import abstention_summary, calibrate, probabilities, read_temperature
 from training.class_map import load_other, map_texts
 from training.classes import match_classes, numbered
 from training.command_line import parse_options, run_command
@@ -90,6 +91,8 @@ class Arguments:
     """For --on: a TOML file of lines "class of the source" = "class of the adapter"; equal names unless given."""
     noise: bool = False
     """Print and draw (plots/noise.png) the accuracy on test texts with typing errors, markup, lost words and others."""
+    abstain: float | None = None
+    """Leave texts undecided whose highest probability is below this number between 0 and 1."""
     speed: bool = False
     """Measure texts per second and time per call, adapters separate and merged, at batch 1 and 64."""
     merged: bool = False
@@ -124,6 +127,8 @@ class Trained:
     clean: Callable[[str], str]
     """The cleaning of the training texts."""
     compute: Compute
+    temperature: float
+    """What logits are divided by for probabilities; 1 without one."""
 
 
 def load_trained(arguments: Arguments) -> Trained:
@@ -189,7 +194,10 @@ def load_trained(arguments: Arguments) -> Trained:
     tokenizer = TextTokenizer.from_directory(files, max_length)
     tokenizer.check_fits(model_config, files)
     clean = make_cleaner(config.data.cleaning)
-    return Trained(model, tokenizer, labels, config, config_path is not None, text, clean, compute)
+    temperature = 1.0 if model_config.multi_label else read_temperature(adapter)
+    if temperature != 1:
+        say(f"temperature {temperature:.3f}")
+    return Trained(model, tokenizer, labels, config, config_path is not None, text, clean, compute, temperature)
 
 
 def _classes(
@@ -258,14 +266,14 @@ def load_several(arguments: Arguments) -> dict[str, Trained]:
 
 
 def classify(adapters: Sequence[Trained], texts: list[str]) -> list[torch.Tensor]:
-    """Probabilities (texts, classes) by each adapter: softmax, or sigmoids, of the logits.
+    """Probabilities (texts, classes) by each adapter: softmax(logits / T), or sigmoids of the logits.
 
     Each adapter gets the texts cleaned and truncated as in its training.
     """
     splits = [_encode(trained, Split(texts, [0] * len(texts))) for trained in adapters]
     found = [_logits(adapters[0], splits[0])] if len(adapters) == 1 else _logits_of_several(adapters, splits)
     return [
-        torch.sigmoid(logits) if trained.model.config.multi_label else torch.softmax(logits, dim=1)
+        torch.sigmoid(logits) if trained.model.config.multi_label else probabilities(logits, trained.temperature)
         for trained, logits in zip(adapters, found, strict=True)
     ]
 
@@ -321,6 +329,10 @@ def write_predictions(adapters: dict[str, Trained], arguments: Arguments) -> Non
         names = [*map(str, range(len(one.label_names)))] if arguments.indices else one.label_names
         chosen = found > 0.5 if one.model.config.multi_label else found.argmax(dim=1)
         labels.append(class_names(chosen.numpy(), names, _SEPARATOR))
+        if arguments.abstain is not None:
+            undecided = (found.amax(dim=1) < arguments.abstain).tolist()
+            labels[-1] = ["" if one else label for one, label in zip(undecided, labels[-1], strict=True)]
+            say(f"undecided   {sum(undecided):,} of {len(ids):,} rows: their label is empty")
     with atomic_write(out) as part, part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("ID", *(adapters if arguments.adapter else ["label"])))
@@ -414,6 +426,12 @@ def check_arguments(arguments: Arguments) -> None:
         raise ConfigError("--map has no effect without --on; remove it")
     if arguments.adapter and (arguments.merged or arguments.export is not None):
         raise ConfigError("--merged and --export are for one folder; several adapters can't be merged into one base")
+    if arguments.abstain is not None and not 0 < arguments.abstain < 1:
+        raise ConfigError(f"--abstain {arguments.abstain}: give a probability between 0 and 1")
+    ignoring = [name for name in ("--on", "--noise", "--speed") if questions[name]]
+    ignoring += ["--export alone"] * (arguments.export is not None and not any(questions.values()))
+    if arguments.abstain is not None and ignoring:
+        raise ConfigError(f"--abstain has no effect with {ignoring[0]}; remove it")
     export = arguments.export
     if export is not None and export.exists() and not (export.is_dir() and not any(export.iterdir())):
         raise ConfigError(f"{export}: exists and is not an empty folder; export to a new one")
@@ -437,6 +455,9 @@ def evaluate(arguments: Arguments) -> int:
     texts = read_texts(arguments)
     adapters = load_several(arguments) if arguments.adapter else {"": load_trained(arguments)}
     trained = next(iter(adapters.values()))
+    for adapter, one in adapters.items():
+        if arguments.abstain is not None and one.model.config.multi_label:
+            raise ConfigError(f"--abstain is for one class per text; {adapter or arguments.run} is multi-label")
     if arguments.merged or arguments.export is not None:
         if dequantize(trained.model):
             say(f"dequantized the base's weights, to {trained.compute.precision}")
@@ -453,6 +474,8 @@ def evaluate(arguments: Arguments) -> int:
             for (adapter, one), row in zip(adapters.items(), rows, strict=True):
                 order = row.argsort(descending=True)[:4].tolist()
                 answers = "  ".join(f"{one.label_names[i]} {row[i]:.3f}" for i in order)
+                if arguments.abstain is not None and row.max() < arguments.abstain:
+                    answers = f"undecided  {answers}"
                 say(f"{adapter:<{width}}{'  ' if adapter else ''}{answers}   {text[:80]}")
     elif arguments.predict is not None:
         write_predictions(adapters, arguments)
@@ -464,11 +487,20 @@ def evaluate(arguments: Arguments) -> int:
     elif arguments.speed:
         report_speed(trained)
     elif arguments.export is None:
-        scores = _score(trained, _test_split(trained))
+        split = _encode(trained, _test_split(trained))
+        logits = _logits(trained, split)
+        scores = score(logits, split.labels, trained.label_names)
         say(f"\n{scores.table()}\n\n{scores.summary()}")
+        if not trained.model.config.multi_label:
+            say(calibrate(logits, split.labels, trained.temperature).summary())
+        if arguments.abstain is not None:
+            say(abstention_summary(logits, split.labels, trained.temperature, arguments.abstain))
 
     if arguments.export is not None:
-        save_checkpoint(unload_lora(trained.model).cpu(), arguments.export, trained.tokenizer)
+        plain = unload_lora(trained.model).cpu()
+        for parameter in plain.classifier.out_proj.parameters():
+            parameter.data /= trained.temperature  # so that softmax(logits) are the probabilities given here
+        save_checkpoint(plain, arguments.export, trained.tokenizer)
         say(f"exported    {arguments.export}: open it with transformers' AutoModelForSequenceClassification")
     return 0
 

@@ -608,3 +608,84 @@ def test_what_several_adapters_can_not_do_is_refused(command, finished, tiny_che
         code, _, err = command(*arguments)
         assert code == EXIT_BAD_INPUT and says in err and err.count("\n") == 1, (arguments, err)
         shutil.rmtree(other)
+
+
+TEMPERATURE = 8.0
+
+
+@pytest.fixture
+def tempered(finished, tmp_path):
+    """The finished run with a temperature that leaves some texts in doubt."""
+    folder = shutil.copytree(finished[0], tmp_path / "tempered")
+    (folder / "adapter" / "temperature.json").write_text(f"{TEMPERATURE}\n")
+    return folder
+
+
+def test_probabilities_are_divided_by_the_temperature_and_scores_are_not(command, finished, tempered, tmp_path):
+    (folder, line), texts = finished, [text for _, text in tiny_rows(10, seed=9)]
+    (folder / "adapter" / "temperature.json").unlink()  # as in the folder of an earlier version
+    plain = [probabilities(line) for line in command(folder, "--text", *texts)[1].splitlines()[-10:]]
+    code, out, err = command(tempered, "--text", *texts)
+    shown = [probabilities(line) for line in out.splitlines()[-10:]]
+    assert code == 0 and "temperature 8.000" in out, err
+    for before, after in zip(plain, shown, strict=True):
+        odds = (before["sports"] / before["business"]) ** (1 / TEMPERATURE) if min(before.values()) > 0.01 else None
+        assert max(after, key=after.get) == max(before, key=before.get) and max(after.values()) < max(before.values())
+        assert odds is None or after["sports"] / after["business"] == pytest.approx(odds, rel=0.1)
+    code, out, _ = command(tempered)
+    assert code == 0 and line in out.splitlines() and "before temperature 8.000)" in out.splitlines()[-1]
+    assert "(no temperature was fitted)" in command(folder)[1].splitlines()[-1]
+    both = command("--adapter", folder, "--adapter", tempered, "--text", *texts)[1].splitlines()[-20:]
+    for start, name, expected in ((0, folder, plain), (1, tempered, shown)):
+        assert [probabilities(line.removeprefix(str(name))) for line in both[start::2]] == expected
+
+    assert command(tempered, "--export", tmp_path / "merged")[0] == 0
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        theirs = model(**tokenizer(texts, return_tensors="pt", padding=True)).logits.softmax(dim=1)
+    assert theirs[:, 0].tolist() == pytest.approx([row["business"] for row in shown], abs=1e-3)
+
+
+def test_texts_below_a_probability_are_undecided(command, finished, tempered, tmp_path):
+    texts = [text for _, text in tiny_rows(12, seed=9)]
+    lines = command(tempered, "--text", *texts)[1].splitlines()[-12:]
+    highest = [max(probabilities(line).values()) for line in lines]
+    least = round((sorted(highest)[5] + sorted(highest)[6]) / 2, 4)
+    below = [value < least for value in highest]
+    assert sum(below) == 6
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    for asked in (("--text", *texts), ("--file", tmp_path / "texts.txt")):
+        shown = command(tempered, *asked, "--abstain", least)[1].splitlines()[-12:]
+        expected = [f"undecided  {line}" if doubt else line for doubt, line in zip(below, lines, strict=True)]
+        assert shown == expected
+
+    source = write_unlabelled(tmp_path / "new.csv", [{"text": text} for text in texts])
+    options = ("--predict", source, "--abstain", least, "--out")
+    code, out, _ = command(tempered, *options, tmp_path / "one.csv", "--indices")
+    assert code == 0 and "undecided   6 of 12 rows: their label is empty" in out
+    labels = [line.split(",")[1] for line in (tmp_path / "one.csv").read_text().splitlines()[1:]]
+    assert [label == "" for label in labels] == below
+    assert command("--adapter", finished[0], "--adapter", tempered, *options, tmp_path / "two.csv")[0] == 0
+    rows = [line.split(",") for line in (tmp_path / "two.csv").read_text().splitlines()[1:]]
+    assert [row[2] == "" for row in rows] == below and all(row[1] for row in rows)
+
+    out = command(tempered, "--abstain", least)[1].splitlines()
+    assert out[-1].startswith("decided ") and f" of 40 texts) at {least:g}   accuracy on these " in out[-1]
+    for arguments, says in [
+        *(([tempered, "--abstain", p], f"--abstain {p}: give a probability between") for p in ("0.0", "1.0", "nan")),
+        *(
+            ([tempered, "--abstain", 0.5, *words], f"--abstain has no effect with {name}; remove it")
+            for words, name in [
+                (["--speed"], "--speed"),
+                (["--noise"], "--noise"),
+                (["--on", "imdb"], "--on"),
+                (["--export", tmp_path / "m"], "--export alone"),
+            ]
+        ),
+    ]:
+        code, _, err = command(*arguments)
+        assert code == EXIT_BAD_INPUT and says in err and err.count("\n") == 1, (arguments, err)
+    (tempered / "adapter" / "temperature.json").write_text("warm")
+    code, _, err = command(tempered)
+    assert code == EXIT_BAD_INPUT and "temperature.json: not a temperature (" in err and err.count("\n") == 1

@@ -72,6 +72,7 @@ def test_a_run_learns_and_resumes_with_the_same_bits(command, trained, tmp_path,
     report = json.loads((folder / "report.json").read_text())
     assert report["test"]["micro"]["f1"] > 0.9 and report["test"]["confusion"] == []
     assert 2 * len(report["label_names"]) == 4 and not (folder / "plots" / "confusion.png").exists()
+    assert report["calibration"] is None and not (folder / "adapter" / "temperature.json").exists()
 
     real_step, steps = train_module.train_step, []
 
@@ -127,6 +128,8 @@ def test_a_finished_run_scores_classifies_and_exports(command, trained, tmp_path
         theirs = model(**tokenizer(texts, return_tensors="pt", padding=True)).logits.sigmoid().tolist()
     for row, ours in zip(theirs, shown, strict=True):
         assert row == pytest.approx([ours["business"], ours["sports"]], abs=1e-3)
+    code, _, err = command("evaluate", folder, "--text", "oil", "--abstain", 0.9)
+    assert code == EXIT_BAD_INPUT and f"--abstain is for one class per text; {folder} is multi-label" in err
     card, page = ((folder / name).read_text() for name in ("README.md", "report.html"))
     assert "micro F1" in card and "logits[0].sigmoid()" in card and "test exact match" in page
 
