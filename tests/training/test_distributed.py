@@ -90,7 +90,7 @@ def watch(real_step, seen, act):
 def run_train(arguments, double=True, act=lambda step: None):
     """Run train.py's command and record it: (exit code, records)."""
     seen = {"rows": [], "seeds": [], "sent": [], "step_messages": [], "wrote": []}
-    real_load, real_reduce = train_module.load_checkpoint, dist.all_reduce
+    real_load, real_reduce = train_module.load_base, dist.all_reduce
 
     def all_reduce(tensor, *rest, **options):
         seen["sent"].append(tensor.nbytes)
@@ -107,7 +107,7 @@ def run_train(arguments, double=True, act=lambda step: None):
     sys.addaudithook(audit)
     dist.all_reduce = all_reduce
     if double:
-        train_module.load_checkpoint = lambda *a, **o: real_load(*a, **o).double()
+        train_module.load_base = lambda *a, **o: real_load(*a, **o).double()
     # Drawing takes longer than the training.
     recorder.draw_plots = recorder.write_html_report = lambda folder: None
     train_module.train_step = watch(train_module.train_step, seen, act)
