@@ -69,14 +69,15 @@ _ENDINGS = (
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """New training texts by EDA (Wei & Zou 2019) or AEDA (Karimi et al. 2021)."""
+    """New training texts by EDA (Wei & Zou 2019), AEDA (Karimi et al. 2021) or a masked LM (Kobayashi 2018)."""
 
-    kind: Literal["eda", "aeda"] = "eda"
-    """eda replaces, inserts, swaps or deletes words; aeda inserts punctuation marks."""
+    kind: Literal["eda", "aeda", "mlm"] = "eda"
+    """eda replaces, inserts, swaps or deletes words; aeda inserts punctuation marks; mlm replaces words by samples of
+    the checkpoint's masked language model."""
     n_aug: int = 0
     """New texts per text; 0 is no augmentation. EDA's paper: 16 for 500 texts, 8 for 2,000, 4 for 5,000 or more."""
     alpha: float = 0.1
-    """EDA: share of the words that an edit changes. The paper: 0.05 up to 2,000 texts, 0.1 beyond."""
+    """EDA and MLM: share of the words that an edit changes. EDA's paper: 0.05 up to 2,000 texts, 0.1 beyond."""
     fresh: bool = True
     """Make other new texts in every epoch, or the same ones in all."""
 
@@ -167,13 +168,13 @@ def augment_texts(
 
 
 def check_texts(texts: Sequence[str], origin: str, kind: str) -> None:
-    """Raise DataError if most texts can't be augmented: not in Latin script for EDA, of a single word for AEDA."""
+    """Raise DataError if most texts can't be augmented: not in Latin script for EDA, else of a single word."""
     if kind == "eda":
         unsuited = [text for text in texts if 2 * len(_LATIN_LETTER.findall(text)) < len(_LETTER.findall(text))]
         problem, reason = "are not in Latin script", "EDA's synonyms are English"
     else:
         unsuited = [text for text in texts if len(text.split()) < 2]
-        problem, reason = "have no space", "AEDA inserts marks between words"
+        problem, reason = "have no space", f"{kind.upper()} needs words"
     if 2 * len(unsuited) > len(texts):
         raise DataError(
             f"{origin}: {len(unsuited):,} of {len(texts):,} training texts {problem} (the first: "

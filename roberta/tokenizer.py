@@ -57,6 +57,7 @@ class TextTokenizer:
             )
         self.pad_token_id: int = padding_id
         self.unk_token_id: int | None = vocabulary.get(self._special_tokens.get("unk_token", ""))
+        self.mask_token_id: int | None = vocabulary.get(self._special_tokens.get("mask_token", ""))
 
     @classmethod
     def from_directory(cls, directory: str | Path, max_length: int) -> TextTokenizer:
@@ -74,6 +75,14 @@ class TextTokenizer:
     def vocab_size(self) -> int:
         """Largest id + 1, added tokens included."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def entries(self) -> list[str]:
+        """The entries of the vocabulary by id, as the files write them ("Ġprice"); "" for an id without one."""
+        entries = [""] * self.vocab_size
+        for entry, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            entries[number] = entry
+        return entries
 
     @property
     def fingerprint(self) -> str:

@@ -21,6 +21,7 @@ from lora.config import MethodConfig
 from lora.quantized import quantize
 from roberta.config import RobertaConfig
 from roberta.files import weight_files
+from roberta.masked_lm import load_masked_lm
 from roberta.model import Encoder, RobertaForSequenceClassification
 from roberta.tokenizer import TextTokenizer
 from roberta.weights import head_of, load_checkpoint
@@ -31,6 +32,7 @@ from training.distributed import World
 from training.errors import ConfigError
 from training.precision import WIDTH_WHEN_COMPILED, Compute, choose_compute, use_determinism
 from training.progress import say
+from training.substitution import substitute
 
 
 def seed_everything(seed: int) -> None:
@@ -95,7 +97,7 @@ def load_inputs(config: RunConfig, world: World) -> Inputs:
         say(f"            {note}")
     if augmentation.n_aug:
         check_texts(text.train.texts, text.origin, augmentation.kind)
-        alpha = f", alpha {augmentation.alpha:g}" if augmentation.kind == "eda" else ""
+        alpha = f", alpha {augmentation.alpha:g}" if augmentation.kind != "aeda" else ""
         say(f"            {augmentation.kind.upper()}: {augmentation.n_aug} new texts of each training text{alpha}")
 
     with world.main_first():
@@ -132,6 +134,11 @@ def load_inputs(config: RunConfig, world: World) -> Inputs:
         )
     tokenizer = TextTokenizer.from_directory(checkpoint.directory, config.data.max_length)
     tokenizer.check_fits(model_config, checkpoint.directory)
+    if augmentation.n_aug and augmentation.kind == "mlm" and ("lm_head" not in head or tokenizer.mask_token_id is None):
+        raise ConfigError(
+            f"{checkpoint.directory}: has no lm_head or no <mask>, so data.augmentation.kind can't be mlm; choose "
+            "another checkpoint or kind"
+        )
 
     splits = {
         name: encode_split(getattr(text, name), tokenizer, description=f"tokenizing {name}")
@@ -182,10 +189,13 @@ def epoch_batches(
 
     With augmentation, they hold the training texts and the new texts generated from them.
     """
-    settings, split = config.train, inputs.splits["train"]
-    if config.data.augmentation.n_aug:
+    settings, split, augmentation = config.train, inputs.splits["train"], config.data.augmentation
+    if augmentation.n_aug and augmentation.kind == "mlm":
+        model = load_masked_lm(inputs.checkpoint.directory).to(compute.device)
+        split = substitute(split, model, inputs.tokenizer, augmentation, settings.seed, epoch, compute)
+    elif augmentation.n_aug:
         train = inputs.text.train
-        new = augment_texts(train.texts, train.labels, config.data.augmentation, settings.seed, epoch)
+        new = augment_texts(train.texts, train.labels, augmentation, settings.seed, epoch)
         split = encode_split(Split(*new), inputs.tokenizer, description="tokenizing augmented texts")
     if settings.class_weights == "balanced":
         from sklearn.utils.class_weight import compute_sample_weight  # slow to import
