@@ -171,7 +171,7 @@ def load_trained(arguments: Arguments) -> Trained:
     if head_in_adapter >= head:
         described = own if own.is_file() else checkpoint.directory / "config.json"
         refuse_regression(described, shapes["classifier.out_proj.weight"])
-    bits = arguments.base_bits or config.model.base_bits
+    bits = arguments.base_bits or (read_config(folder.config).model.base_bits if is_run else 16)
     model = load_base(checkpoint.directory, model_config, new_head, bits)
     methods = load_adapter(model, adapter)  # first, as it names the likely cause where the keys are another model's
     if new_head and head_in_adapter < head:
@@ -460,7 +460,7 @@ def evaluate(arguments: Arguments) -> int:
             raise ConfigError(f"--abstain is for one class per text; {adapter or arguments.run} is multi-label")
     if arguments.merged or arguments.export is not None:
         if dequantize(trained.model):
-            say(f"dequantized the base's weights, to {trained.compute.precision}")
+            say("dequantized the base's weights")
         merge_lora(trained.model)
         say("merged      the adapters are folded into the weights")
 

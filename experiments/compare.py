@@ -125,7 +125,7 @@ def _validation(folder: Path, run: Planned) -> tuple[float, float]:
 def _result(folder: Path, run: Planned, seeds: int) -> Result:
     runs = [_seeded(run, seed) for seed in range(seeds)]
     reports = [_report(folder, each) for each in runs]
-    files = RunFolder(folder / "runs" / runs[0].folder).adapter.rglob("adapter_model.safetensors")
+    files = RunFolder(folder / "runs" / runs[0].folder).adapter.rglob("*.safetensors")
     return Result(
         name=run.name.rpartition("+")[0],
         rate=run.config.train.learning_rate,

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora.linear import LoRALinear
+from lora.quantized import matmul
 
 
 class DoRALinear(LoRALinear):
@@ -43,7 +44,7 @@ class DoRALinear(LoRALinear):
         d = self.dropout(x)
         c = self.row_scale().to(y.dtype)  # (out,)
         d_A = F.linear(d, self.lora_A.to(x.dtype))  # (..., r)
-        return y + (c - 1) * F.linear(d, self.base.weight) + c * F.linear(self.scaling * d_A, self.lora_B.to(x.dtype))
+        return y + (c - 1) * matmul(d, self.base) + c * F.linear(self.scaling * d_A, self.lora_B.to(x.dtype))
 
     def adapted_weight(self) -> Tensor:
         """W + s B A, (out, in)."""

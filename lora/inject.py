@@ -167,7 +167,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     quantized = weight_counts(model)  # a weight counts as one, however many bits hold it
     parts: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():  # names a shared tensor once
-        path, owner = plain_name(name.replace(".stored.", "."), wrapped).split("."), added.get(id(parameter))
+        path, owner = plain_name(name, wrapped).split("."), added.get(id(parameter))
         part = ".".join(path[:2] if len(path) > 2 else path[:1])
         if owner is not None:
             part = f"{wrapped[owner].method} on {within_layer(owner)}"

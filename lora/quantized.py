@@ -4,7 +4,7 @@
     4 bits   blocks of 64 numbers:  a_k = max |w|,  q = the nearest of 16 levels to w / a_k,  w' = a_k levels[q]
 
 In 4 bits the a_k are quantized too ("double quantization"): their mean is subtracted, and blocks of 256 of them get
-codes of 8 bits. That makes 4.127 bits per weight, and 8 + 32 / in in 8 bits. Adapters beside them stay in float32.
+codes of 8 bits. That makes 4.127 bits per weight, and 8 + 32 / in_features in 8. Adapters beside them stay in float32.
 Sources: Dettmers et al. 2022, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", section 2.1 (of
 weights alone: inputs are not quantized here); Dettmers et al. 2023, "QLoRA", section 3.
 """
@@ -35,7 +35,10 @@ def _tables(levels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nearest(x: Tensor, levels: Tensor) -> Tensor:
-    """The index of the level (sorted, at most 256) nearest to each number of x: uint8, in the shape of x."""
+    """The index of the level nearest to each number of x: uint8, in the shape of x.
+
+    At most 256 sorted levels, whose middles differ by 1/128 of their size or more: what the tables above rely on.
+    """
     middles, first = (table.to(x.device) for table in _tables(levels))
     codes = first.index_select(0, (x.view(torch.int32) >> 16 & 0xFFFF).flatten()).view_as(x)
     return codes + (x > middles.index_select(0, codes.flatten().int()).view_as(x))
@@ -76,7 +79,7 @@ def quantize_blocks(x: Tensor, levels: Tensor, block: int) -> tuple[Tensor, Tens
     n = x.numel()
     blocks = F.pad(x.flatten().float(), (0, -n % block)).view(-1, block)
     absmax = blocks.abs().amax(dim=1)
-    scaled = (blocks * (1 / absmax.clamp(min=1e-38))[:, None]).clamp(-1, 1)
+    scaled = blocks * (1 / absmax.clamp(min=1e-38))[:, None]
     return nearest(scaled, levels).flatten()[:n], absmax
 
 
@@ -91,8 +94,14 @@ class QuantizedLinear(nn.Linear):
     """A frozen `nn.Linear` that stores W (out, in) in 8 or 4 bits: y = x W'^T + b, W' dequantized when it is read.
 
     The bias keeps its format. Statistics are the bits of float32 in tensors of integers: casting the model does not
-    round them. Raises LoRAError for another layer, for other bits, and in 4 bits, if 64 does not divide out * in.
+    round them. (The last bit of a mean depends on the number of threads, as in bitsandbytes.) Raises LoRAError for
+    another layer, for other bits, and in 4 bits, if 64 does not divide out * in.
     """
+
+    codes: Tensor
+    absmax: Tensor
+    absmax_codes: Tensor
+    offset: Tensor
 
     def __init__(self, layer: nn.Linear, bits: int) -> None:
         nn.Module.__init__(self)
@@ -105,14 +114,15 @@ class QuantizedLinear(nn.Linear):
         if bits == 4 and layer.weight.numel() % _BLOCK:
             shape = f"{self.out_features} x {self.in_features}"
             raise LoRAError(f"a weight of {shape} in 4 bits: blocks of {_BLOCK} do not divide it; choose 8 bits")
-        stored = self._encode(layer.weight.detach())
-        self.stored = nn.ParameterDict({key: nn.Parameter(one, requires_grad=False) for key, one in stored.items()})
+        for name, tensor in self._encode(layer.weight.detach()).items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     def _encode(self, weight: Tensor) -> dict[str, Tensor]:
         """What is stored of W, by name."""
         if self.bits == 8:
             absmax = weight.float().abs().amax(dim=1)  # (out,)
-            codes = (weight * (127 / absmax.clamp(min=1e-38))[:, None]).round().to(torch.int8)  # (out, in)
+            codes = (weight * (127 / absmax)[:, None]).round().nan_to_num(0, 0, 0)  # (out, in); absmax may be 0
+            codes = codes.to(torch.int8)
             return {"codes": codes, "absmax": absmax.view(torch.int32)}
         codes, absmax = quantize_blocks(weight, NF4, _BLOCK)
         offset = absmax.mean()
@@ -124,24 +134,24 @@ class QuantizedLinear(nn.Linear):
     def store(self, weight: Tensor) -> None:
         """Quantize W (out, in)."""
         for name, tensor in self._encode(weight).items():
-            self.stored[name].copy_(tensor)
+            getattr(self, name).copy_(tensor)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """W' (out, in), in the format of the bias."""
-        codes, absmax = self.stored["codes"], self.stored["absmax"].view(torch.float32)
+        """W' (out, in), in the format of the bias, or float32: a copy, so `store` changes it and nothing else does."""
+        codes, absmax = self.codes, self.absmax.view(torch.float32)
         if self.bits == 8:
             values = codes * absmax[:, None] * (1 / 127)
         else:
-            absmax = dequantize_blocks(self.stored["absmax_codes"], absmax, SIGNED, _STATISTICS_BLOCK)
-            absmax = absmax + self.stored["offset"].view(torch.float32)
+            absmax = dequantize_blocks(self.absmax_codes, absmax, SIGNED, _STATISTICS_BLOCK)
+            absmax = absmax + self.offset.view(torch.float32)
             pairs = _NF4_PAIRS.to(codes.device).index_select(0, codes.int())  # (out * in / 2,)
             values = torch.view_as_real(pairs).view(-1, _BLOCK) * absmax[:, None]
         return values.view(self.out_features, -1).to(torch.float32 if self.bias is None else self.bias.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        y = _Matmul.apply(x, self)
+        y = matmul(x, self)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -151,20 +161,25 @@ class _Matmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.weight)
+        return F.linear(x, layer.weight.to(x.dtype) if layer.bias is None else layer.weight)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
         return grad_y @ ctx.layer.weight.to(grad_y.dtype), None
 
 
+def matmul(x: Tensor, layer: nn.Linear) -> Tensor:
+    """x W^T without the bias, (..., in) -> (..., out), of a quantized layer or a plain one."""
+    return _Matmul.apply(x, layer) if isinstance(layer, QuantizedLinear) else F.linear(x, layer.weight)
+
+
 def quantize(model: nn.Module, bits: int) -> None:
-    """Replace every `nn.Linear` of `model` by a `QuantizedLinear`, in place; also on the meta device.
+    """Replace every `nn.Linear` inside `model` by a `QuantizedLinear`, in place; also on the meta device.
 
     Raises LoRAError as that does, or if the model carries adapters or has no such layer.
     """
     layers = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    if hasattr(model, "adapter_configs") or not layers:
+    if any(hasattr(module, "peft_keys") for module in model.modules()) or not layers:  # an Adapter
         raise LoRAError("the model carries adapters; quantize it first" if layers else "no linear layer to quantize")
     for name, layer in layers.items():
         model.set_submodule(name, QuantizedLinear(layer, bits).train(layer.training))
@@ -183,5 +198,5 @@ def dequantize(model: nn.Module) -> int:
 def weight_counts(model: nn.Module) -> dict[int, int]:
     """How many weights a stored tensor of a quantized layer, by its id, stands for: the codes for all of W."""
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    stored = [(layer, name, tensor) for layer in layers for name, tensor in layer.stored.items()]
-    return {id(tensor): layer.in_features * layer.out_features * (name == "codes") for layer, name, tensor in stored}
+    stored = [(layer, tensor) for layer in layers for tensor in layer.parameters() if tensor is not layer.bias]
+    return {id(tensor): layer.in_features * layer.out_features * (tensor is layer.codes) for layer, tensor in stored}

@@ -151,7 +151,9 @@ def save_checkpoint(
         plain = {name for name, _ in RobertaForSequenceClassification(model.config).named_parameters()}
     tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
     if set(tensors) != plain:
-        raise ValueError("this model carries adapters; merge and unload them before saving it as a checkpoint")
+        raise ValueError(
+            "this model carries adapters or weights in fewer bits; merge, unload and dequantize it before saving"
+        )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     model.config.save(directory)

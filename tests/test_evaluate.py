@@ -64,6 +64,8 @@ def test_a_run_over_a_base_in_4_bits(command, tiny_config, tmp_path):
     scores = json.loads((folder / "report.json").read_text())["test"]
     _, out, _ = command(folder)
     assert f"loss {scores['loss']:.4f}" in out
+    _, out, _ = command(folder, "--config", tiny_config)  # names the data, not the base
+    assert f"loss {scores['loss']:.4f}" in out and "matrices in 4 bits" in out
     _, exact, _ = command(folder, "--base-bits", 16)
     assert f"loss {scores['loss']:.4f}" not in exact
     assert "4 bits" in (folder / "README.md").read_text()

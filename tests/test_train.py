@@ -21,6 +21,7 @@ import train as train_module
 from evaluate import Arguments, evaluate
 from lora.linear import LoRALinear
 from lora.peft_format import load_adapter
+from roberta.model import Layer
 from roberta.tokenizer import TextTokenizer
 from tests.conftest import tiny_rows, tiny_tokenizer
 from train import make_optimizer, train
@@ -152,16 +153,18 @@ def test_early_stopping_by_patience(run, tiny_config, tiny_data, monkeypatch):
     assert "stopping early" in out
 
 
-def test_recomputed_activations_give_the_same_bits(run, tiny_config, tiny_data):
+def test_recomputed_activations_give_the_same_bits(run, tiny_config, tiny_data, monkeypatch):
     """With dropout: the second forward pass draws the masks of the first."""
-    metrics = {}
+    metrics, calls, forward = {}, [], Layer.forward
+    monkeypatch.setattr(Layer, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
     for flag in ("no-gradient-checkpointing", "gradient-checkpointing"):
         options = ["--model.hidden-dropout", 0.2, "--model.attention-dropout", 0.2, "--lora.dropout", 0.2]
         output = tiny_data / flag
         assert run(tiny_config, *options, f"--train.{flag}", "--train.epochs", 1, "--output", output)[0] == 0
         metrics[flag] = [re.findall(r'"loss": [^,]+', line) for line in (output / "metrics.jsonl").open()]
-    first, second = metrics.values()
-    assert first == second and first
+        metrics[flag].append(len(calls))
+    (*first, without), (*second, both) = metrics.values()
+    assert first == second and both - without > without, "no layer was computed again"
 
 
 def test_accumulation_steps_and_padding_settings_are_used(run, tiny_config, tiny_data):

@@ -5,8 +5,9 @@
 
 Between steps m and v are codes of 256 levels, with one scale for each 256 numbers: 2.03 bytes per parameter instead of
 8. Tensors of fewer than 4,096 numbers (biases, small adapters) keep theirs in float32. As in bitsandbytes on a CPU,
-weights decay before the update; its GPU kernel decays after it. Sources: Loshchilov & Hutter 2017, algorithm 2;
-Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization", section 2.
+weights decay before the update; its GPU kernel decays after it. Codes are the nearest, which its CPU kernel misses at
+times. Sources: Loshchilov & Hutter 2017, algorithm 2; Dettmers et al. 2021, "8-bit Optimizers via Block-wise
+Quantization", section 2.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ _LEVELS = {"exp_avg": SIGNED, "exp_avg_sq": UNSIGNED}  # m and v, by torch's nam
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """See the formula of this module; each group of parameters states its `lr` and `weight_decay`."""
+    """See the formula of this module; options as those of torch.optim.AdamW, computed in float32."""
 
     def __init__(self, groups: Iterable[Any], betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
-        super().__init__(groups, {"betas": betas, "eps": eps})
+        super().__init__(groups, {"lr": 1e-3, "betas": betas, "eps": eps, "weight_decay": 0.01})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]
         """Update each parameter that has a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -168,8 +168,10 @@ def check_dropout(model: RobertaConfig, methods: Iterable[MethodConfig]) -> None
 
 def load_base(directory: Path, config: RobertaConfig, new_head: bool, bits: int) -> RobertaForSequenceClassification:
     """The model of a checkpoint (`load_checkpoint`); below 16 bits, with the encoder's matrices quantized as read."""
-    on_meta = (lambda model: quantize(model.roberta, bits)) if bits < 16 else (lambda model: None)
-    return load_checkpoint(directory, config, new_head=new_head, on_meta=on_meta)
+    if bits == 16:
+        return load_checkpoint(directory, config, new_head=new_head)
+    say(f"            the encoder's matrices in {bits} bits")
+    return load_checkpoint(directory, config, new_head=new_head, on_meta=lambda model: quantize(model.roberta, bits))
 
 
 def recompute_activations(encoder: Encoder) -> None:

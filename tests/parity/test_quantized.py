@@ -88,8 +88,8 @@ def test_rows_in_8_bits(name):
     weight = WEIGHTS[name]()
     ours = layer(weight, 8)
     codes, absmax, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(weight)
-    assert_same(ours.stored["codes"], codes, "codes")
-    assert_same(ours.stored["absmax"].view(torch.float32), absmax, "absmax")
+    assert_same(ours.codes, codes, "codes")
+    assert_same(ours.absmax.view(torch.float32), absmax, "absmax")
     assert_same(ours.weight, torch.ops.bitsandbytes.int8_vectorwise_dequant(codes, absmax), "dequantized")
 
 
@@ -100,10 +100,10 @@ def test_nf4_with_double_quantization(name):
     codes, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", blocksize=64)
     offset = state.absmax.mean()
     absmax_codes, absmax = portable(state.absmax - offset, SIGNED)
-    assert_same(ours.stored["codes"], codes.flatten(), "codes")
-    assert_same(ours.stored["offset"].view(torch.float32), offset, "mean of absmax")
-    assert_same(ours.stored["absmax_codes"], absmax_codes, "codes of absmax")
-    assert_same(ours.stored["absmax"].view(torch.float32), absmax, "absmax of absmax")
+    assert_same(ours.codes, codes.flatten(), "codes")
+    assert_same(ours.offset.view(torch.float32), offset, "mean of absmax")
+    assert_same(ours.absmax_codes, absmax_codes, "codes of absmax")
+    assert_same(ours.absmax.view(torch.float32), absmax, "absmax of absmax")
     state.absmax, state.offset, state.nested = absmax_codes, offset, True
     state.state2 = bnb.functional.QuantState(absmax=absmax, code=SIGNED, blocksize=256, dtype=torch.float32)
     assert_same(ours.weight, bnb.functional.dequantize_4bit(codes, state), "dequantized")
@@ -149,12 +149,12 @@ def test_lora_over_nf4_is_that_of_peft_over_bitsandbytes(tmp_path):
     found = {name: module for name, module in theirs.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
     assert len(found) == 12
     for name, module in found.items():
-        mine, state = ours.get_submodule(name).stored, module.weight.quant_state
-        assert_same(mine["codes"], module.weight.flatten(), f"{name}: codes")
-        mine["absmax_codes"].copy_(state.absmax)
+        mine, state = ours.get_submodule(name), module.weight.quant_state
+        assert_same(mine.codes, module.weight.flatten(), f"{name}: codes")
+        mine.absmax_codes.copy_(state.absmax)
         (
-            mine["absmax"].copy_(state.state2.absmax.view(torch.int32)),
-            mine["offset"].copy_(state.offset.view(torch.int32)),
+            mine.absmax.copy_(state.state2.absmax.view(torch.int32)),
+            mine.offset.copy_(state.offset.view(torch.int32)),
         )
     config = LoRAConfig(rank=3, alpha=8, target_modules=("query", "value", "output.dense"))
     inject_lora(ours, config)
@@ -216,15 +216,17 @@ def test_each_method_over_few_bits_is_the_method_over_the_dequantized_base(tmp_p
     assert not theirs
 
 
-def test_fifty_steps_of_adamw_in_8_bits(monkeypatch):
-    """On a matrix whose moments are quantized and on one that is too small for it."""
+@pytest.mark.parametrize("chunk", [2**18, 1024])
+def test_fifty_steps_of_adamw_in_8_bits(monkeypatch, chunk):
+    """On a matrix whose moments are quantized, at once or in chunks, and on one that is too small for it."""
+    monkeypatch.setattr("training.adamw8bit._CHUNK", chunk)
 
     def requantize(x, code, absmax_out, out, blocksize):
         codes, absmax = portable(x, SIGNED if code[0] < 0 else UNSIGNED)
         out.copy_(codes), absmax_out.copy_(absmax)
 
     monkeypatch.setattr("bitsandbytes.backends.cpu.ops._quant_blockwise_fp32_direct", requantize)
-    ours, theirs = ([nn.Parameter(torch.linspace(-1, 1, n).reshape(-1, 50)) for n in (20_000, 4000)] for _ in range(2))
+    ours, theirs = ([nn.Parameter(torch.linspace(-1, 1, n).reshape(-1, 50)) for n in (20_000, 4050)] for _ in range(2))
     groups = [{"params": [p], "lr": 3e-2, "weight_decay": decay} for p, decay in zip(ours, (0.1, 0.0), strict=True)]
     optimizer = AdamW8bit(groups)
     reference = bnb.optim.AdamW8bit([{**group, "params": [p]} for group, p in zip(groups, theirs, strict=True)])
