@@ -134,7 +134,7 @@ def main(arguments: Arguments) -> int:
                 f"print(json.dumps(measure({folder!r}, {case!r}, {arguments!r})))"
             )
             out = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
-            row = json.loads(out)
+            row = json.loads(out.splitlines()[-1])  # after what the program says
             memory = " | ".join(f"{row[name]:,.0f}" for name in ("loading", "loaded", "training"))
             say(f"| {case} | {memory} | {row['seconds']:.2f} |")
     return 0
