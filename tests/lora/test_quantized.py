@@ -45,7 +45,7 @@ def test_casting_the_model_keeps_the_statistics(bits):
 def test_the_dequantized_weight_is_not_kept_for_the_backward_pass(use_dora):
     model, kept = inject_lora(network(4), dataclasses.replace(CONFIG, use_dora=use_dora)), []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
-        model(torch.randn(5, 32))
+        model(torch.randn(5, 32, requires_grad=True))  # as from a layer below with adapters
     assert kept and not {(64, 32), (32, 64)} & set(kept)
 
 
