@@ -33,6 +33,10 @@ class AdamW8bit(torch.optim.Optimizer):
     def __init__(self, groups: Iterable[Any], betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
         super().__init__(groups, {"lr": 1e-3, "betas": betas, "eps": eps, "weight_decay": 0.01})
 
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Not supported: torch would cast the codes to the parameter's type. `training.checkpoint` restores `state`."""
+        raise NotImplementedError("set optimizer.state, as training.checkpoint.restore does")
+
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         """Update each parameter that has a gradient."""
@@ -43,13 +47,13 @@ class AdamW8bit(torch.optim.Optimizer):
 
 
 def _update(W: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-    """W (n,) <- the formula, one chunk after the other."""
+    """W (n,) <- the formula, one chunk after the other; gradient (n,), codes (n,), scales (ceil(n / 256),)."""
     n, quantized, (beta1, beta2), lr = len(W), len(W) >= _SMALLEST, group["betas"], group["lr"]
     if not state:
         state["step"] = torch.zeros(())
         for name in _LEVELS:
             state[name] = torch.zeros_like(W, dtype=torch.uint8 if quantized else torch.float32)
-            state[f"{name}_absmax"] = torch.zeros(-(-n // _BLOCK), device=W.device)
+            state[f"{name}_absmax"] = torch.zeros(-(-n // _BLOCK), device=W.device)  # not used if not quantized
     state["step"] += 1
     t = state["step"].item()
     for start in range(0, n, _CHUNK):

@@ -2,8 +2,8 @@
 
     python -m experiments.lessons.quantization
 
-LoRA is trained over a base in 16, 8 and 4 bits (W', see `lora.quantized`), each from the same A and B = 0; and in 4
-bits from where LoftQ starts, alternating two steps so that W' + s B A is near W:
+LoRA is trained over a base in float32, in 8 and in 4 bits (W', see `lora.quantized`), each from the same A and B = 0;
+and in 4 bits from where LoftQ starts, alternating two steps so that W' + s B A is near W:
 
     W' <- quantize(W - s B A),     s B A <- the first r terms of the singular value decomposition of W - W'
 
@@ -27,7 +27,7 @@ from lora.inject import inject_lora
 from lora.quantized import quantize
 from training.plots import PALETTE
 
-BASES = {"16 bits": 16, "8 bits": 8, "4 bits": 4, "4 bits, LoftQ": 4}
+BASES = {"not quantized": 16, "8 bits": 8, "4 bits": 4, "4 bits, LoftQ": 4}
 
 
 @torch.no_grad()
@@ -69,7 +69,7 @@ def lesson(task: Task, steps: int = 45, rank: int = 8) -> Lesson:
         errors = [relative_error(layer.merged()[0].detach(), plain[name]) for name, layer in layers.items()]
         with torch.no_grad():
             logits = torch.cat([model(batch.input_ids, batch.attention_mask) for batch in batches[:5]])
-        if base == "16 bits":
+        if base == "not quantized":
             reference = logits
         name, layer = next(iter(layers.items()))
         pictured, rounded[base] = plain[name].detach().flatten()[:64], layer.base.weight.detach().flatten()[:64]
@@ -85,13 +85,13 @@ def lesson(task: Task, steps: int = 45, rank: int = 8) -> Lesson:
         axes.set(xlabel="W, the first 64 of a matrix", ylabel="W', dequantized", title="What a weight becomes")
 
     def draw_errors(axes: Axes) -> None:
-        bases = [base for base in BASES if base != "16 bits"]
+        bases = [base for base in BASES if base != "not quantized"]
         for number, what in enumerate(("weights", "logits")):
             heights = [100 * found[base][what] for base in bases]
             places = [place + 0.4 * number - 0.2 for place in range(len(bases))]
-            axes.bar(places, heights, width=0.38, color=PALETTE[number], label=f"{what}")
+            axes.bar(places, heights, width=0.38, color=PALETTE[number], label=what)
         axes.set_xticks(range(len(bases)), bases)
-        axes.set(ylabel="relative error (%)", title="Before training, against 16 bits")
+        axes.set(ylabel="relative error (%)", title="Before training, against W")
 
     def draw_training(axes: Axes) -> None:
         draw_losses(axes, losses)

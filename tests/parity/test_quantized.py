@@ -21,6 +21,7 @@ from lora.quantized import (
     QuantizedLinear,
     dequantize,
     dequantize_blocks,
+    nearest,
     quantize,
     quantize_blocks,
 )
@@ -61,6 +62,17 @@ def layer(weight: torch.Tensor, bits: int) -> QuantizedLinear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight.data = weight
     return QuantizedLinear(linear, bits)
+
+
+@pytest.mark.parametrize("levels", [NF4, SIGNED, UNSIGNED], ids=["NF4", "signed", "unsigned"])
+def test_the_nearest_level_of_any_float(levels):
+    """Of random bits and of the floats around each threshold, by the table as by a search."""
+    middles = (levels[:-1] + levels[1:]) / 2
+    bits = middles.view(torch.int32)
+    assert len((bits >> 16).unique()) == len(bits), "two thresholds share their upper bits"
+    near = torch.cat([bits - 1, bits, bits + 1, torch.randint(-(2**31), 2**31 - 1, (100_000,), dtype=torch.int32)])
+    x = near.view(torch.float32).nan_to_num()
+    assert_same(nearest(x, levels).long(), torch.bucketize(x, middles), "codes")
 
 
 def test_levels():
