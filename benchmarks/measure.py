@@ -90,10 +90,12 @@ def placed(model: nn.Module, compute: Compute) -> nn.Module:
     return model.to(compute.device)
 
 
-def our_step(model: nn.Module, compute: Compute, world: World = ALONE) -> Callable[[Batch], Tensor]:
+def our_step(
+    model: nn.Module, compute: Compute, world: World = ALONE, settings: TrainConfig | None = None
+) -> Callable[[Batch], Tensor]:
     """The program's own `train_step`, prepared as train.py prepares it."""
     compute.cast_frozen(model.roberta)
-    optimizer = make_optimizer(model, TrainConfig(learning_rate=5e-4))
+    optimizer = make_optimizer(model, settings or TrainConfig(learning_rate=5e-4))
     schedule, scaler = make_schedule(optimizer, 1000, 0), compute.grad_scaler()
     return lambda batch: train_step(model, [batch], optimizer, schedule, scaler, compute, 1.0, world)
 

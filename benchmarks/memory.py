@@ -25,13 +25,12 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.measure import LORA, MODELS, placed, processor, random_batch
+from benchmarks.measure import LORA, MODELS, our_step, placed, processor, random_batch
 from lora.config import FullConfig
 from lora.inject import inject_lora
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
 from roberta.weights import save_checkpoint
-from train import make_optimizer, make_schedule, train_step
 from training.command_line import parse_options, run_command
 from training.config import TrainConfig
 from training.precision import choose_compute
@@ -106,18 +105,16 @@ def measure(folder: str, case: str, arguments: Arguments) -> dict[str, float]:
         model = load_base(Path(folder), RobertaConfig.from_file(Path(folder) / "config.json"), False, bits)
     result["loaded"] = anonymous_bytes() / 2**20
     inject_lora(model, FullConfig() if everything else LORA)
-    compute.cast_frozen(model.roberta)
     placed(model, compute).train()
     if settings.gradient_checkpointing:
         recompute_activations(model.roberta.encoder)
-    optimizer = make_optimizer(model, settings)
-    schedule, scaler = make_schedule(optimizer, 100, 0), compute.grad_scaler()
+    step = our_step(model, compute, settings=settings)
     seconds = []
     with peak(result, "training"):
         for _ in range(arguments.steps):
             batch = random_batch(model.config, arguments.rows, arguments.length, compute.device)
             started = time.perf_counter()
-            train_step(model, [batch], optimizer, schedule, scaler, compute, 1.0)
+            step(batch)
             seconds.append(time.perf_counter() - started)
     return result | {"seconds": statistics.median(seconds[1:] or seconds)}
 

@@ -9,6 +9,7 @@ from torch import nn
 from lora import LoRAConfig, LoRAError, count_parameters, inject_lora, merge_lora, unload_lora
 from lora.config import BitFitConfig, FullConfig
 from lora.quantized import QuantizedLinear, dequantize, quantize
+from training.adamw8bit import AdamW8bit
 
 CONFIG = LoRAConfig(rank=2, target_modules=("0",), modules_to_save=("2",))
 
@@ -102,3 +103,9 @@ def test_dequantizing_gives_the_stored_weights():
 def test_what_can_not_be_quantized_or_trained_is_named(action, message):
     with pytest.raises(LoRAError, match=message):
         action()
+
+
+def test_the_codes_of_adamw_are_not_cast():
+    optimizer = AdamW8bit([{"params": [nn.Parameter(torch.zeros(4096))]}])
+    with pytest.raises(NotImplementedError, match="optimizer.state"):
+        optimizer.load_state_dict(optimizer.state_dict())
