@@ -65,7 +65,8 @@ def load_masked_lm(directory: str | Path) -> MaskedLM:
     wanted = dict(model.lm_head.named_parameters())
     path, table = weights_path(directory), model.roberta.embeddings.word_embeddings.weight
     with open_weights(directory) as weights, torch.no_grad():
-        keys = [key for key in weights if "lm_head." in key and key not in non_float_tensors(weights)]
+        unusable = non_float_tensors(weights)
+        keys = [key for key in weights if "lm_head." in key and key not in unusable]
         found = {key.rpartition("lm_head.")[2]: weights[key].get_tensor(key).float() for key in keys}
         for name, parameter in wanted.items():
             if name not in found or found[name].shape != parameter.shape or not found[name].isfinite().all():

@@ -1,36 +1,66 @@
-"""New training texts by the checkpoint's own masked language model (Kobayashi 2018, section 2).
+"""New training texts by the checkpoint's own masked language model, after Wu et al. 2019.
 
-Of a text's l words, n = max(1, floor(alpha l)) are masked, and each is replaced by a sample of
+Of a text's l words, n = max(1, floor(alpha l)) as in EDA are masked together, and each is replaced by a sample of
 
-    p(w | the other words) = softmax of the model's logits at its place, over the entries of the vocabulary that are
-                             words
+    p(w | the words that are not masked) = softmax of the model's logits at its place, over the entries of the
+                                           vocabulary that are words
 
-Two differences: the model does not see the label, on which the paper conditions it, so a replacement may contradict
-the label; and the n words are masked together, which needs one forward pass instead of n. A word is here a single token
-of letters that begins with a space. Words of several tokens stay, as does the first word, whose token in RoBERTa's
-vocabulary has no space. The new texts depend on (seed, epoch, row), and by rounding on the texts of the same batch.
+Source: Wu et al. 2019, "Conditional BERT Contextual Augmentation", section 3, which replaces the bidirectional RNN
+language model of Kobayashi 2018, "Contextual Augmentation", by BERT. Four differences: the model is not trained to see
+the label, as in both papers, so a replacement may contradict the label; the softmax has temperature 1; a word is a
+single token of letters that begins with a space, where BERT's word pieces are masked there; n is EDA's. Words of
+several tokens stay, as does the first word, whose token in RoBERTa's vocabulary has no space.
+
+The new texts depend on (seed, epoch, row), and by rounding on the texts of the same pass.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from data.augmentation import AugmentationConfig, edits
 from data.batching import EncodedSplit, collate
 from roberta.masked_lm import MaskedLM
 from roberta.tokenizer import TextTokenizer
+from training.errors import ConfigError
 from training.precision import Compute
+from training.progress import say
 
-_TEXTS_PER_PASS = 64
+_SEQUENCES_PER_PASS = 64
 
 
 def _is_word(entry: str) -> bool:
     """Whether an entry is a space and letters. A space is Ġ in byte-level BPE, where é is two signs, ▁ elsewhere."""
     return entry[1:].isalpha() and (entry[0] == "▁" or (entry[0] == "Ġ" and entry[1:].isascii()))
+
+
+def whole_words(ids: np.ndarray, entries: Sequence[str]) -> np.ndarray:
+    """Which tokens are words that can be replaced, (tokens,) bool: `_is_word`, and the word does not continue.
+
+    `ids` (tokens,) are those of a text or, as each begins with a special token, of several, `entries` the vocabulary.
+    """
+    is_word = np.array([*map(_is_word, entries)])
+    continues = np.array([entry[:1].isalpha() and entry[0] != "Ġ" for entry in entries])  # "ing" after "Ġris"
+    return is_word[ids] & ~np.append(continues[ids[1:]], False)
+
+
+def check_words(split: EncodedSplit, entries: Sequence[str], origin: str) -> None:
+    """Say how many training texts have no word to replace. Raises ConfigError if they are more than half."""
+    has_words = np.logical_or.reduceat(whole_words(split.input_ids, entries), split.offsets[:-1])  # (texts,)
+    copies, texts = int((~has_words).sum()), len(has_words)
+    if 2 * copies > texts:
+        raise ConfigError(
+            f"{origin}: {copies:,} of {texts:,} training texts have no word that is a single token, so that their new "
+            "texts would be copies; choose another data.augmentation.kind, or set data.augmentation.n_aug = 0"
+        )
+    if copies:
+        say(f"            {copies:,} of {texts:,} training texts have no word that is a single token: they are copied")
 
 
 @torch.no_grad()
@@ -47,40 +77,43 @@ def substitute(
 
     Without `fresh`, the new texts of every epoch are those of epoch 0.
     """
-    entries = tokenizer.entries
-    is_word = np.array([*map(_is_word, entries)])
-    continues = np.array([entry[:1].isalpha() and entry[0] != "Ġ" for entry in entries])  # "ing" after "Ġris"
-    words = torch.from_numpy(np.flatnonzero(is_word)).to(compute.device)
-    texts = [split.input_ids[start:end] for start, end in itertools.pairwise(split.offsets)]
+    assert tokenizer.mask_token_id is not None, "checked by load_inputs"
+    entries, epoch = tokenizer.entries, epoch if config.fresh else 0
+    words = torch.from_numpy(np.flatnonzero([*map(_is_word, entries)])).to(compute.device)  # (words,) ids
+    spans = [*itertools.pairwise(split.offsets)]
+    whole = whole_words(split.input_ids, entries)
+    positions = [np.flatnonzero(whole[start:end]).tolist() for start, end in spans]
+    rows = np.repeat(np.arange(len(spans)), config.n_aug)  # (new texts,)
     new: list[np.ndarray] = []
-    for start in range(0, len(texts), _TEXTS_PER_PASS):
-        chunk = range(start, min(start + _TEXTS_PER_PASS, len(texts)))
-        copies = collate(split, np.repeat(chunk, config.n_aug), tokenizer.pad_token_id, "longest")
-        places = []  # (copy, position, a number in [0, 1) that decides the sample)
-        for row in chunk:
-            draw = random.Random(f"MLM {seed} {epoch if config.fresh else 0} {row}")
-            whole = is_word[texts[row]] & ~np.append(continues[texts[row][1:]], False)
-            positions = np.flatnonzero(whole).tolist()
-            for copy in range((row - start) * config.n_aug, (row - start + 1) * config.n_aug):
-                for position in sorted(draw.sample(positions, min(edits(positions, config.alpha), len(positions)))):
-                    places.append((copy, position, draw.random()))
-        if places:
-            at = tuple(torch.tensor([place[:2] for place in places]).T)
-            uniform = torch.tensor([[place[2]] for place in places], dtype=torch.float64)
-            masked = torch.zeros_like(copies.attention_mask).index_put(at, torch.tensor(True))
-            inputs = copies.input_ids.masked_fill(masked, tokenizer.mask_token_id or 0), copies.attention_mask, masked
-            with compute.autocast():
-                logits = model(*(tensor.to(compute.device) for tensor in inputs))[:, words]  # (places, words)
-            cumulative = logits.double().softmax(dim=1).cumsum(dim=1)
-            drawn = torch.searchsorted(cumulative, uniform.to(compute.device), right=True)[:, 0]
-            copies.input_ids[at] = words[drawn.clamp(max=len(words) - 1)].cpu()  # the last sum may round to below 1
-        changed = copies.input_ids.numpy().astype(np.int32)
-        for row in chunk:
-            own = changed[(row - start) * config.n_aug : (row - start + 1) * config.n_aug, : len(texts[row])]
-            new += [texts[row], *own]
+    # disable=None shows the bar on a terminal only.
+    with tqdm(total=len(rows), desc="replacing words", unit=" texts", leave=False, disable=None) as bar:
+        for start in range(0, len(rows), _SEQUENCES_PER_PASS):
+            chunk = rows[start : start + _SEQUENCES_PER_PASS]
+            copies = collate(split, chunk, tokenizer.pad_token_id, "longest")  # input_ids: (copies, seq)
+            places = []  # (copy, position, a number in [0, 1) that decides the sample)
+            for copy, row in enumerate(chunk):
+                draw = random.Random(f"MLM {seed} {epoch} {row} {(start + copy) % config.n_aug}")
+                count = min(edits(positions[row], config.alpha), len(positions[row]))
+                places += [(copy, at, draw.random()) for at in sorted(draw.sample(positions[row], count))]
+            if places:
+                at = tuple(torch.tensor([place[:2] for place in places]).T)  # two of (places,): rows and columns
+                uniform = torch.tensor([[place[2]] for place in places], dtype=torch.float64)  # (places, 1)
+                masked = torch.zeros_like(copies.attention_mask).index_put(at, torch.tensor(True))  # (copies, seq)
+                inputs = copies.input_ids.masked_fill(masked, tokenizer.mask_token_id), copies.attention_mask, masked
+                with compute.autocast():
+                    logits = model(*(tensor.to(compute.device) for tensor in inputs))[:, words]  # (places, words)
+                cumulative = logits.double().softmax(dim=1).cumsum(dim=1)  # (places, words), rising to 1
+                drawn = torch.searchsorted(cumulative, uniform.to(compute.device), right=True)[:, 0]  # (places,)
+                copies.input_ids[at] = words[drawn.clamp(max=len(words) - 1)].cpu()  # the last sum may round to below 1
+            new += [*copies.input_ids.numpy().astype(np.int32)]
+            bar.update(len(chunk))
+    texts = []
+    for row, (start, end) in enumerate(spans):
+        own = new[row * config.n_aug : (row + 1) * config.n_aug]
+        texts += [split.input_ids[start:end], *(ids[: end - start] for ids in own)]
     return EncodedSplit(
-        np.concatenate(new),
-        np.cumsum([0, *map(len, new)], dtype=np.int64),
+        np.concatenate(texts),
+        np.cumsum([0, *map(len, texts)], dtype=np.int64),
         np.repeat(split.labels, 1 + config.n_aug, axis=0),
         split.max_length,
         split.truncated,

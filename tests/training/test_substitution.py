@@ -15,8 +15,9 @@ from roberta.masked_lm import load_masked_lm
 from roberta.tokenizer import TextTokenizer
 from tests.parity.oracle import reference_model
 from training import setup
+from training.errors import ConfigError
 from training.precision import Compute
-from training.substitution import _is_word, substitute
+from training.substitution import _is_word, check_words, substitute, whole_words
 
 CPU = Compute(torch.device("cpu"), "fp32")
 ENTRIES = "<s> <pad> </s> <unk> <mask> Ġoil Ġprice Ġbank Ġgoal Ġmatch ing , Ġ7".split()
@@ -48,10 +49,14 @@ def texts_of(split):
 def test_samples_have_the_distribution_of_the_masked_words(tokenizer, pair):
     """Each share within four standard deviations of 10,000 draws; `matching` is two tokens and stays, as do , and 7."""
     ours, theirs = pair
+    sizes: list[int] = []
+    hook = ours.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     split = encode_split(Split(["goal matching oil, 7 bank"], [1]), tokenizer)
     (ids,) = texts_of(split)
     assert ids == [0, 8, 9, 10, 5, 11, 12, 7, 2]
     new = substitute(split, ours, tokenizer, AugmentationConfig("mlm", n_aug=10_000, alpha=0.7), 0, 1, CPU)
+    hook.remove()
+    assert max(sizes) == 64, "the memory of a pass grows with n_aug"
     first, *rest = texts_of(new)
     assert first == ids and len(rest) == 10_000 and set(new.labels) == {1}
     # n = floor(0.7 * 3) = 2 of the three words, at 1, 4 and 7, each pair as often.
@@ -77,6 +82,20 @@ def test_samples_have_the_distribution_of_the_masked_words(tokenizer, pair):
 def test_words_of_byte_level_bpe_and_of_sentencepiece():
     entries = ["Ġoil", "▁oil", "▁Öl", "ĠÃ", "oil", "Ġ", "Ġ7", "Ġ,", "<mask>", ""]
     assert [entry for entry in entries if _is_word(entry)] == ["Ġoil", "▁oil", "▁Öl"]
+
+
+def test_texts_without_words_are_counted_and_refused_if_most_are(tokenizer, capsys):
+    """Cyrillic has none in byte-level BPE, where a word is several tokens, none of which is a space and letters."""
+    split = encode_split(Split(["goal matching", "7,", "oil 7", "matching"], [0] * 4), tokenizer)
+    assert whole_words(split.input_ids, ENTRIES).nonzero()[0].tolist() == [1, 10]  # goal, oil
+    check_words(encode_split(Split(["goal"], [0]), tokenizer), ENTRIES, "news.csv")
+    assert not capsys.readouterr().out
+    check_words(split, ENTRIES, "news.csv")
+    assert "2 of 4 training texts have no word that is a single token: they are copied" in capsys.readouterr().out
+    with pytest.raises(
+        ConfigError, match=r"news.csv: 2 of 3 training texts have no word .* data.augmentation.n_aug = 0"
+    ):
+        check_words(encode_split(Split(["goal", "7,", "matching"], [0] * 3), tokenizer), ENTRIES, "news.csv")
 
 
 def test_new_texts_depend_on_seed_epoch_and_row_and_keep_their_labels(tokenizer, pair):
@@ -115,6 +134,10 @@ def test_a_run_uses_it_and_a_checkpoint_without_the_head_is_refused(tokenizer, t
     assert json.loads((tmp_path / "run" / "report.json").read_text())["steps"] > 0
     (split,) = trained_on
     assert texts_of(split)[::2] != texts_of(split)[1::2]
+
+    (tmp_path / "train.csv").write_text("text,label\n" + "".join(f"7 matching,{i % 2}\n" for i in range(60)))
+    assert run_command(lambda: train(parse_command_line([*options, "--overwrite"]))) == EXIT_BAD_INPUT
+    assert "training texts have no word that is a single token" in capsys.readouterr().err
 
     reference_model(vocab_size=len(ENTRIES)).base_model.save_pretrained(tmp_path / "base")
     assert run_command(lambda: train(parse_command_line([*options, "--overwrite"]))) == EXIT_BAD_INPUT
