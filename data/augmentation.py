@@ -69,7 +69,7 @@ _ENDINGS = (
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """New training texts by EDA (Wei & Zou 2019), AEDA (Karimi et al. 2021) or a masked LM (Kobayashi 2018)."""
+    """New training texts by EDA (Wei & Zou 2019), AEDA (Karimi et al. 2021) or a masked LM (Wu et al. 2019)."""
 
     kind: Literal["eda", "aeda", "mlm"] = "eda"
     """eda replaces, inserts, swaps or deletes words; aeda inserts punctuation marks; mlm replaces words by samples of
@@ -144,7 +144,12 @@ OPERATIONS = (synonym_replacement, random_insertion, random_swap, random_deletio
 
 
 def augment(text: str, config: AugmentationConfig, draw: random.Random) -> list[str]:
-    """`n_aug` new texts: EDA's are each made by one of the four operations, drawn at random."""
+    """`n_aug` new texts: EDA's are each made by one of the four operations, drawn at random.
+
+    Raises ValueError for mlm, which replaces tokens: `training.substitution.substitute`.
+    """
+    if config.kind == "mlm":
+        raise ValueError("mlm replaces tokens, not words of a text; use training.substitution.substitute")
     words = text.split()
     if not words:
         return [text] * config.n_aug
@@ -168,13 +173,13 @@ def augment_texts(
 
 
 def check_texts(texts: Sequence[str], origin: str, kind: str) -> None:
-    """Raise DataError if most texts can't be augmented: not in Latin script for EDA, else of a single word."""
+    """Raise DataError if most texts can't be augmented: not in Latin script for EDA, of a single word for AEDA."""
     if kind == "eda":
         unsuited = [text for text in texts if 2 * len(_LATIN_LETTER.findall(text)) < len(_LETTER.findall(text))]
         problem, reason = "are not in Latin script", "EDA's synonyms are English"
     else:
         unsuited = [text for text in texts if len(text.split()) < 2]
-        problem, reason = "have no space", f"{kind.upper()} needs words"
+        problem, reason = "have no space", "AEDA needs words"
     if 2 * len(unsuited) > len(texts):
         raise DataError(
             f"{origin}: {len(unsuited):,} of {len(texts):,} training texts {problem} (the first: "

@@ -470,10 +470,12 @@ def test_eda_makes_new_training_texts_every_epoch_and_none_elsewhere(run, tiny_c
 
     seen.clear()
     options = ("--data.augmentation.kind", "aeda", "--data.augmentation.n-aug", 1, "--train.epochs", 2, "--overwrite")
-    code, out, _ = run(tiny_config, *options)
+    code, out, _ = run(tiny_config, *options, "--data.max-length", 8)
     assert code == 0 and "AEDA: 1 new texts of each training text\n" in out
     first, second = (split.texts[1::2] for split in seen[-2:])
     assert first != second and all(set(text) & set(".;?:!,") for text in first + second)
+    cut = sum(len(text.split()) > 6 for text in first)  # of 8 tokens two are special
+    assert out.count(f"{cut} new texts are longer than 8 tokens and are truncated") == out.count("new texts are") == 1
 
 
 def test_balanced_class_weights_count_each_class_alike(run, tiny_config, tiny_data, monkeypatch):

@@ -32,7 +32,7 @@ from training.distributed import World
 from training.errors import ConfigError
 from training.precision import WIDTH_WHEN_COMPILED, Compute, choose_compute, use_determinism
 from training.progress import say
-from training.substitution import substitute
+from training.substitution import check_words, substitute
 
 
 def seed_everything(seed: int) -> None:
@@ -96,7 +96,8 @@ def load_inputs(config: RunConfig, world: World) -> Inputs:
     for note in (f"training texts per class: {text.class_counts()}", *text.notes):
         say(f"            {note}")
     if augmentation.n_aug:
-        check_texts(text.train.texts, text.origin, augmentation.kind)
+        if augmentation.kind != "mlm":  # which is checked on tokens below
+            check_texts(text.train.texts, text.origin, augmentation.kind)
         alpha = f", alpha {augmentation.alpha:g}" if augmentation.kind != "aeda" else ""
         say(f"            {augmentation.kind.upper()}: {augmentation.n_aug} new texts of each training text{alpha}")
 
@@ -149,6 +150,8 @@ def load_inputs(config: RunConfig, world: World) -> Inputs:
     if unknown := sum(int((split.input_ids == tokenizer.unk_token_id).sum()) for split in splits.values()):
         total = sum(len(split.input_ids) for split in splits.values())
         say(f"            {unknown:,} of {total:,} tokens are unknown to the tokenizer")
+    if augmentation.n_aug and augmentation.kind == "mlm":
+        check_words(splits["train"], tokenizer.entries, text.origin)
     texts = (1 + augmentation.n_aug) * len(text.train.labels)
     batches = -(-texts // settings.batch_size)
     steps_per_epoch = -(-batches // settings.accumulation_steps)
@@ -199,6 +202,8 @@ def epoch_batches(
         train = inputs.text.train
         new = augment_texts(train.texts, train.labels, augmentation, settings.seed, epoch)
         split = encode_split(Split(*new), inputs.tokenizer, description="tokenizing augmented texts")
+        if epoch == 1 and (cut := split.truncated - inputs.splits["train"].truncated):
+            say(f"            {cut:,} new texts are longer than {split.max_length} tokens and are truncated")
     if settings.class_weights == "balanced":
         from sklearn.utils.class_weight import compute_sample_weight  # slow to import
 

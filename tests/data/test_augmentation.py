@@ -213,6 +213,11 @@ def test_texts_that_can_not_be_augmented_are_refused_by_name():
     check_texts(["Нефть дорожает", "石油价格上涨"], "news.csv", "aeda")
 
 
+def test_substitution_by_the_masked_language_model_is_not_silently_eda():
+    with pytest.raises(ValueError, match="use training.substitution.substitute"):
+        augment_texts(TEXTS, LABELS, AugmentationConfig("mlm", n_aug=1), 0, 1)
+
+
 def test_an_alpha_for_aeda_is_refused_by_name():
     with pytest.raises(DataError, match=r"data.augmentation.alpha is 0.05, but AEDA has no alpha; remove it"):
         AugmentationConfig("aeda", n_aug=1, alpha=0.05)
