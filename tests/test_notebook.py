@@ -43,6 +43,6 @@ def test_it_trains_the_quickstart_at_a_small_size(tmp_path, monkeypatch):
     images = [
         output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
     ]
-    assert len(images) == 5
+    assert len(images) == 6
     answer = printed.strip().splitlines()[-1]
     assert "Oil prices rise" in answer and (tmp_path / "run" / "report.html").is_file()

@@ -77,7 +77,8 @@ def test_a_run_learns_and_writes_all_files(run, tiny_config, tiny_data):
         "plots/learning_rate.png",
         "plots/scores.png",
         "plots/confusion.png",
-        "plots/calibration.png",
+        "plots/reliability.png",
+        "plots/coverage.png",
     }
     assert read_config(folder / "config.toml") == read_config(tiny_config)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -89,17 +89,18 @@ def calibration_error(bins: list[dict[str, float]]) -> float:
 
 
 def accuracy_over_coverage(confidence: np.ndarray, right: np.ndarray, points: int = 20) -> list[dict[str, float]]:
-    """Coverage (share) and accuracy of the texts with at least a threshold's confidence, for about `points` thresholds.
+    """Coverage and accuracy at about `points` thresholds t of the confidence c, for n texts:
 
-    The thresholds are quantiles of the confidence, so that the coverage rises in equal steps, except over ties.
+        coverage(t) = 1/n sum_i [c_i >= t]        accuracy(t) = sum_i [c_i >= t] right_i / sum_i [c_i >= t]
+
+    The thresholds are quantiles of the confidence, so that the coverage rises in equal steps, except over ties. Source:
+    El-Yaniv & Wiener 2010, "On the Foundations of Noise-free Selective Classification", whose selective risk is
+    1 - accuracy(t).
     """
     ranked = -np.sort(-confidence)
     thresholds = [float(ranked[math.ceil(i * len(ranked) / points) - 1]) for i in range(1, points + 1)]
-    return [
-        {"threshold": t, "coverage": float(kept.mean()), "accuracy": float(right[kept].mean())}
-        for t in dict.fromkeys(thresholds)
-        if (kept := confidence >= t).any()
-    ]
+    kept = [(t, confidence >= t) for t in dict.fromkeys(thresholds)]
+    return [{"threshold": t, "coverage": float(k.mean()), "accuracy": float(right[k].mean())} for t, k in kept]
 
 
 def abstention_summary(logits: torch.Tensor, labels: np.ndarray, temperature: float, threshold: float) -> str:

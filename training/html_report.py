@@ -45,7 +45,10 @@ def _missing(run: Curves) -> str:
     if run.report:
         epoch = run.report["epochs_run"]
         return "" if run.report["complete"] else f"This run was interrupted in epoch {epoch}: there are no test scores."
-    lacks = ["training steps"] * (not run.steps) + ["validation scores"] * (not run.validations) + ["test scores"]
+    lacks = [
+        name for name, lines in (("training steps", run.steps), ("validation scores", run.validations)) if not lines
+    ]
+    lacks.append("test scores")
     return f"This run was interrupted: there are no {', no '.join(lacks)}. Run it again."
 
 

@@ -85,7 +85,8 @@ def panels_of(run: Curves) -> dict[str, tuple[Draw, tuple[float, float]]]:
         side = min(12 if classes <= _MOST_NAMED else 9, max(4.2, 2.3 + 0.32 * classes))  # the memory is side^2
         panels["confusion"] = lambda axes: _confusion(axes, report), (side + 0.7, side)
     if report and (calibration := report.get("calibration")):  # multi-label has none
-        panels["calibration"] = lambda axes: _calibration(axes, calibration), (8.4, 4.0)
+        panels["reliability"] = lambda axes: _reliability(axes, calibration), (4.4, 4.0)
+        panels["coverage"] = lambda axes: _coverage(axes, calibration), (4.8, 3.6)
     if report and (ranks := report.get("ranks")):
         grid = rank_grid(ranks)
         panels["ranks"] = lambda axes: _ranks(axes, *grid), (2.6 + 0.32 * len(grid[1]), 1.6 + 0.32 * len(grid[0]))
@@ -233,33 +234,38 @@ def _font_families(texts: Sequence[str]) -> list[str]:
     return families
 
 
-def _calibration(axes: Axes, calibration: dict[str, Any]) -> None:
-    """Two diagrams in place of `axes`: accuracy over confidence (reliability), and accuracy over coverage."""
-    figure = axes.figure
-    axes.remove()
-    left, right = figure.subplots(1, 2)
-    percent = {
-        key: {name: 100 * np.array([row[name] for row in calibration[key]]) for name in calibration[key][0]}
-        for key in ("bins", "bins_before", "coverage")
-    }
-    left.plot([0, 100], [0, 100], color=PALETTE[7], linestyle="--", linewidth=1, label="calibrated")
+def _reliability(axes: Axes, calibration: dict[str, Any]) -> None:
+    """Accuracy over confidence, by bins of the confidence (Guo et al. 2017, figure 1)."""
+    axes.plot([0, 100], [0, 100], color=PALETTE[7], linestyle="--", linewidth=1, label="calibrated")
     temperature = calibration["temperature"]
-    curves = [("bins_before", "error_before", "without temperature", 1)] * (temperature != 1)
-    for key, error, name, i in [*curves, ("bins", "error", f"temperature {temperature:.3f}", 0)]:
-        x, y, texts = (percent[key][column] for column in ("confidence", "accuracy", "texts"))
+    curves = [("bins", "error", f"temperature {temperature:.3f}", 0)]
+    if temperature != 1:
+        curves.insert(0, ("bins_before", "error_before", "without temperature", 1))
+    for key, error, name, i in curves:
+        x, y, texts = _columns(calibration[key], "confidence", "accuracy", "texts")
+        style = {"color": PALETTE[i], "marker": _MARKERS[i]}
         label = f"{name}: error {calibration[error]:.3f}"
-        left.plot(x, y, color=PALETTE[i], marker=_MARKERS[i], markersize=2, linewidth=1, label=label)
-        left.scatter(x, y, 200 * texts / texts.sum(), color=PALETTE[i], marker=_MARKERS[i], alpha=0.6, clip_on=False)
-    left.set(xlabel="confidence (%); area of a marker: texts", title="Reliability, test split", xlim=(0, 102))
-    left.legend(frameon=False, fontsize=8)
-    coverage, accuracy = percent["coverage"]["coverage"], percent["coverage"]["accuracy"]
-    right.plot(coverage, accuracy, color=PALETTE[0], marker="o", markersize=4)
+        axes.plot(100 * x, 100 * y, markersize=2, linewidth=1, label=label, **style)
+        axes.scatter(100 * x, 100 * y, 200 * texts / texts.sum(), alpha=0.6, clip_on=False, **style)
+    axes.set(xlabel="confidence (%); area of a marker: texts", ylabel="accuracy (%)", xlim=(0, 102))
+    axes.set_title("Reliability, test split")
+    axes.grid(alpha=0.2)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _coverage(axes: Axes, calibration: dict[str, Any]) -> None:
+    """Accuracy of the most confident texts over their share."""
+    coverage, accuracy = (100 * column for column in _columns(calibration["coverage"], "coverage", "accuracy"))
+    axes.plot(coverage, accuracy, color=PALETTE[0], marker="o", markersize=4)
     margin = max(0.5, 0.05 * (100 - accuracy.min()))
-    right.set(xlabel="coverage (%): the most confident texts", title="Accuracy over coverage, test split")
-    right.set(xlim=(0, 102), ylim=(accuracy.min() - margin, 100 + margin))
-    for side in (left, right):
-        side.set_ylabel("accuracy (%)")
-        side.grid(alpha=0.2)
+    axes.set(xlabel="coverage (%): the most confident texts", ylabel="accuracy (%)")
+    axes.set(title="Accuracy over coverage, test split", xlim=(0, 102), ylim=(accuracy.min() - margin, 100 + margin))
+    axes.grid(alpha=0.2)
+
+
+def _columns(rows: Sequence[Mapping[str, float]], *names: str) -> list[np.ndarray]:
+    """The values of each name over the rows."""
+    return [np.array([row[name] for row in rows]) for name in names]
 
 
 def rank_grid(ranks: dict[str, int]) -> tuple[list[str], list[str], np.ndarray]:

@@ -111,11 +111,12 @@ def test_the_file_of_a_temperature(tmp_path):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_the_drawing_shows_both_diagrams(temperature):
+def test_the_drawings_show_both_diagrams(temperature):
     calibration = dataclasses.asdict(calibrate(*overconfident(), temperature))
     run = Curves("a-run", [], [], {"test": None, "calibration": calibration})
-    draw, size = panels_of(run)["calibration"]
-    drawing = to_svg(draw, size, "calibration")
-    assert "Reliability, test split" in drawing and "Accuracy over coverage, test split" in drawing
+    panels = panels_of(run)
+    assert [*panels] == ["reliability", "coverage"]
+    drawing, coverage = (to_svg(*panel, name) for name, panel in panels.items())
+    assert "Reliability, test split" in drawing and "Accuracy over coverage, test split" in coverage
     assert f"temperature {temperature:.3f}: error {calibration['error']:.3f}" in drawing
     assert ("without temperature" in drawing) == (temperature != 1)

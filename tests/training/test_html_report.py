@@ -31,7 +31,7 @@ def test_a_report_shows_scores_curves_classes_and_settings(run_folder):
     page = run_folder.html.read_text()
     report = json.loads(run_folder.report.read_text())
     assert f"{100 * report['test']['accuracy']:.2f} %" in page
-    assert page.count("<svg") == 5 and "Validation scores" in page and "Test split: texts by class" in page
+    assert page.count("<svg") == 6 and "Validation scores" in page and "Test split: texts by class" in page
     for name in report["label_names"]:
         assert f"<td>{name}</td>" in page
     assert "learning_rate = 0.02" in page and f"{report['trainable_parameters']:,}" in page
@@ -62,7 +62,7 @@ def test_a_report_without_a_confusion_matrix_shows_the_rest(run_folder):
     run_folder.report.write_text(json.dumps(report))
     write_html_report(run_folder)
     page = run_folder.html.read_text()
-    assert page.count("<svg") == 4 and "Scores by class" in page
+    assert page.count("<svg") == 5 and "Scores by class" in page
 
 
 def test_names_of_classes_are_text_in_the_drawings_too(run_folder):
