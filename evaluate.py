@@ -22,6 +22,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -33,7 +34,7 @@ from data.assets import TOKENIZER_FILES, fetch_checkpoint
 from data.batching import Batch, EncodedSplit, encode_split, evaluation_batches, joined
 from data.cleaning import make_cleaner
 from data.errors import DataError
-from data.noise import DAMAGES, SEVERITIES
+from data.noise import CORRUPTIONS, SEVERITIES
 from data.sources import LabelledText, Split, listed, load_source, read_unlabelled
 from lora.files import atomic_write
 from lora.inject import merge_lora, unload_lora
@@ -356,18 +357,20 @@ def report_on(trained: Trained, source: str, path: Path | None) -> None:
 
 
 def report_noise(trained: Trained, folder: RunFolder) -> None:
-    """Print the accuracy on the test texts by damage and severity, and draw it."""
+    """Print the accuracy (multi-label: exact match) on the test texts by corruption and severity, and draw it."""
     split = _test_split(trained)
-    undamaged = _score(trained, split).accuracy
-    say("\naccuracy (%) by severity: the share of words, or of marks, that are damaged")
+    clean = _score(trained, split).accuracy
+    measure = "exact match" if trained.model.config.multi_label else "accuracy"
+    say(f"\n{measure} (%) by severity: the share of words, or of marks, that are corrupted")
     say(f"{'':<14}" + "".join(f"{severity:>8.2f}" for severity in (0, *SEVERITIES)))
     accuracies: dict[str, list[float]] = {}
-    for name, damage in DAMAGES.items():
-        splits = (Split(damage(split.texts, severity, random.Random(0)), split.labels) for severity in SEVERITIES)
-        accuracies[name] = [undamaged, *(_score(trained, damaged, announce=False).accuracy for damaged in splits)]
+    for name, corrupt in CORRUPTIONS.items():
+        splits = (Split(corrupt(split.texts, severity, random.Random(0)), split.labels) for severity in SEVERITIES)
+        accuracies[name] = [clean, *(_score(trained, corrupted, announce=False).accuracy for corrupted in splits)]
         say(f"{name:<14}" + "".join(f"{100 * accuracy:>8.2f}" for accuracy in accuracies[name]))
     folder.plots.mkdir(exist_ok=True)
-    save_png(lambda axes: draw_noise(axes, (0, *SEVERITIES), accuracies), folder.plots / "noise.png", (6.6, 3.6))
+    draw = partial(draw_noise, severities=(0, *SEVERITIES), accuracies=accuracies, measure=measure)
+    save_png(draw, folder.plots / "noise.png", (6.6, 3.6))
     say(f"\nwritten     {folder.plots / 'noise.png'}")
 
 

@@ -1,4 +1,4 @@
-"""Damage of texts that leaves their class as it is: typing errors, case, lost marks, markup, lost words, lost ends.
+"""Corruptions of texts that leave their class as it is: typing errors, case, lost marks, markup, lost words and ends.
 
 Each function takes texts, a severity s from 0 to 1 and a random generator, and returns as many new texts:
 
@@ -10,7 +10,9 @@ Each function takes texts, a severity s from 0 to 1 and a random generator, and 
     lost words      each word is left out, with probability s
     truncation      the last s n of the n words of a text are left out
 
-Words are separated by white space. Severity 0 returns the same texts, and no text becomes empty.
+Words are separated by white space. Severity 0 returns the same texts, and no text becomes empty. Scores by corruption
+and severity are after Hendrycks & Dietterich 2019, "Benchmarking Neural Network Robustness to Common Corruptions and
+Perturbations", who corrupt images.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 
-Damage = Callable[[Sequence[str], float, random.Random], list[str]]
+Corruption = Callable[[Sequence[str], float, random.Random], list[str]]
 
 SEVERITIES = (0.05, 0.1, 0.2, 0.4)  # those that are measured
 
@@ -64,7 +66,7 @@ def truncation(texts: Sequence[str], severity: float, draw: random.Random) -> li
 
 
 # What is drawn and printed, by name.
-DAMAGES: dict[str, Damage] = {
+CORRUPTIONS: dict[str, Corruption] = {
     "typing errors": typing_errors,
     "other case": other_case,
     "no punctuation": no_punctuation,

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from data.noise import DAMAGES
+from data.noise import CORRUPTIONS
 from evaluate import Arguments, evaluate, load_several
 from lora.config import LoRAConfig
 from lora.inject import inject_lora
@@ -524,10 +524,10 @@ def test_noise_lowers_the_accuracy_from_that_of_the_test_split(command, finished
         code, out, err = command(*given, "--noise")
         assert code == 0, err
         rows = {words[:14].strip(): words[14:].split() for words in out.split("accuracy (%)")[1].splitlines()[2:8]}
-        assert list(rows) == list(DAMAGES) and {row[0] for row in rows.values()} == {line.split()[2]}
+        assert list(rows) == list(CORRUPTIONS) and {row[0] for row in rows.values()} == {line.split()[2]}
         # The tiny tokenizer knows whole words in lower case alone; the texts have no punctuation.
         assert float(rows["typing errors"][4]) < float(rows["typing errors"][0]) == float(rows["no punctuation"][4])
-        assert ({*rows["markup"]} == {rows["markup"][0]}) == (given == alone)  # cleaning comes after the damage
+        assert ({*rows["markup"]} == {rows["markup"][0]}) == (given == alone)  # cleaning comes after the corruption
         assert (given[0] / "plots" / "noise.png").is_file()
 
 

@@ -167,6 +167,6 @@ def test_noise_lowers_the_share_of_exact_matches_and_another_source_is_refused(c
     code, out, err = command("evaluate", folder, "--noise")
     rows = [line.split() for line in out.splitlines() if line.startswith("lost words")]
     assert code == 0 and float(rows[0][2]) == pytest.approx(100 * report["test"]["accuracy"], abs=0.005), err
-    assert float(rows[0][6]) < float(rows[0][2])
+    assert float(rows[0][6]) < float(rows[0][2]) and "\nexact match (%) by severity" in out
     code, _, err = command("evaluate", folder, "--on", folder / "config.toml")
     assert code == EXIT_BAD_INPUT and "--on needs one class per text" in err and err.count("\n") == 1

@@ -127,12 +127,16 @@ def draw_metric(axes: Axes, runs: Sequence[Curves], metric: str) -> None:
         axes.legend(curves, names, frameon=False, prop={"size": 7, "family": _font_families(names)})
 
 
-def draw_noise(axes: Axes, severities: Sequence[float], accuracies: Mapping[str, Sequence[float]]) -> None:
-    """Draw the accuracy of a run over the severity of each damage of the test texts."""
+def draw_noise(
+    axes: Axes, severities: Sequence[float], accuracies: Mapping[str, Sequence[float]], measure: str
+) -> None:
+    """Draw the accuracy of a run, called `measure`, over the severity of each corruption of the test texts."""
     for i, (name, values) in enumerate(accuracies.items()):
         shares, percent = 100 * np.array(severities), 100 * np.array(values)
         axes.plot(shares, percent, color=PALETTE[i], marker=_MARKERS[i], markersize=5, label=name)
-    axes.set(xlabel="severity: words or marks damaged (%)", ylabel="test accuracy (%)", title="Damaged test texts")
+    axes.set(
+        xlabel="severity: words or marks corrupted (%)", ylabel=f"test {measure} (%)", title="Corrupted test texts"
+    )
     axes.grid(alpha=0.2)
     lines = sorted(axes.get_lines(), key=lambda line: -line.get_ydata()[-1])  # as they end, from top to bottom
     axes.legend(handles=lines, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
