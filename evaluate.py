@@ -87,7 +87,8 @@ class Arguments:
     indices: bool = False
     """For --predict: write the number of the class instead of its name."""
     on: str | None = None
-    """Score the test texts of another source: a value of data.source (a file: all rows), or a TOML file with [data]."""
+    """Score the test texts of another source: a value of data.source (a file: all rows), or a TOML file with [data];
+    not with another cleaning or max_length."""
     map: Path | None = None
     """For --on: a TOML file of lines "class of the source" = "class of the adapter"; equal names unless given."""
     noise: bool = False
@@ -105,7 +106,8 @@ class Arguments:
     base_bits: Literal[16, 8, 4] | None = None
     """Bits per weight of the base; those of the training unless given, 16 for an adapter folder."""
     config: Path | None = None
-    """Settings that name other data to score and, for an adapter folder, its classes; they do not change the base."""
+    """Settings that name other data to score, its cleaning and max_length and, for an adapter folder, its classes; they
+    do not change the base."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] | None = None
@@ -126,7 +128,7 @@ class Trained:
     text: LabelledText | None
     """Its labelled text, if it was read already."""
     clean: Callable[[str], str]
-    """The cleaning of the training texts."""
+    """The cleaning of `config`."""
     compute: Compute
     temperature: float
     """What logits are divided by for probabilities; 1 without one."""
@@ -269,7 +271,7 @@ def load_several(arguments: Arguments) -> dict[str, Trained]:
 def classify(adapters: Sequence[Trained], texts: list[str]) -> list[torch.Tensor]:
     """Probabilities (texts, classes) by each adapter: softmax(logits / T), or sigmoids of the logits.
 
-    Each adapter gets the texts cleaned and truncated as in its training.
+    Each adapter gets the texts cleaned and truncated by its settings, those of its training unless --config is given.
     """
     splits = [_encode(trained, Split(texts, [0] * len(texts))) for trained in adapters]
     found = [_logits(adapters[0], splits[0])] if len(adapters) == 1 else _logits_of_several(adapters, splits)
@@ -280,7 +282,7 @@ def classify(adapters: Sequence[Trained], texts: list[str]) -> list[torch.Tensor
 
 
 def _encode(trained: Trained, split: Split, announce: bool = True) -> EncodedSplit:
-    """The texts, cleaned and truncated as in training; `announce` says how many are truncated."""
+    """The texts, cleaned and truncated by `trained.config`; `announce` says how many are truncated."""
     encoded = encode_split(Split([*map(trained.clean, split.texts)], split.labels), trained.tokenizer)
     if encoded.truncated and announce:
         say(f"            {encoded.truncated:,} texts are longer than {encoded.max_length} tokens and are truncated")
@@ -350,7 +352,7 @@ def report_on(trained: Trained, source: str, path: Path | None) -> None:
     """Print the scores on another source, whose classes the file `path` maps to the adapter's."""
     if trained.model.config.multi_label:
         raise ConfigError("--on needs one class per text, but the adapter is multi-label; leave --on out")
-    mapped = map_texts(load_other(source), trained.label_names, path)
+    mapped = map_texts(load_other(source, trained.config.data), trained.label_names, path)
     encoded = _encode(trained, mapped.split)
     scores = score(mapped.group_logits(_logits(trained, encoded)), encoded.labels, tuple(mapped.groups))
     say(f"\n{scores.table()}\n\n{scores.headline()} on {len(encoded.labels):,} texts of {source}")

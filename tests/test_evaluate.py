@@ -505,6 +505,12 @@ def test_another_source_is_scored_by_a_map(command, finished, tmp_path):
         assert code == 0 and table in out and "6 texts of classes that are not mapped: weather 3, art 3" in out
     (tmp_path / "map.toml").write_text('cricket = "sports"\nweather = ["business", "sports"]\n')
     for arguments, says in [
+    for name, setting in (("max_length", "max_length = 17"), ("cleaning", "[data.cleaning]\nhtml = true")):
+        (tmp_path / "set.toml").write_text(f'[data]\nsource = "{config.data.test_file}"\n{setting}\n')
+        code, _, err = command(folder, "--on", tmp_path / "set.toml")
+        assert code == EXIT_BAD_INPUT and f"set.toml: data.{name} has no effect with --on" in err, err
+        code, _, err = command(folder, "--on", tmp_path / "set.toml", "--config", tmp_path / "set.toml")
+        assert code == 0, err
         (on, "no name is equal; map them by --map FILE"),
         ((*on, "--map", tmp_path / "map.toml"), "'weather' and 'cricket' share classes"),
         ((folder, "--map", tmp_path / "map.toml"), "--map has no effect without --on; remove it"),

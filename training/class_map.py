@@ -14,7 +14,7 @@ import torch
 
 from data.files import saved_splits
 from data.sources import LABELS_OF_NAMED_SOURCES, DataConfig, LabelledText, Split, listed, load_source
-from training.config import read_config, read_toml
+from training.config import parse_config, read_toml
 from training.errors import ConfigError
 from training.progress import say
 
@@ -35,13 +35,20 @@ class MappedTexts:
         return torch.stack([logits[:, numbers].amax(dim=1) for numbers in self.groups.values()], dim=1)
 
 
-def load_other(source: str) -> LabelledText:
+def load_other(source: str, applied: DataConfig) -> LabelledText:
     """The data set that `source` names: a value of data.source, or a TOML file whose [data] has its settings.
 
-    Of a file of texts alone, all rows are test texts. Raises ConfigError or DataError.
+    Of a file of texts alone, all rows are test texts. Raises ConfigError or DataError, also for a TOML file that sets
+    another cleaning or maximum length than `applied`, whose are used.
     """
     if source.endswith(".toml"):
-        config = read_config(source)
+        raw = read_toml(source)
+        config = parse_config(raw, source)
+        for name in ("cleaning", "max_length"):
+            if name in raw.get("data", {}) and getattr(config.data, name) != getattr(applied, name):
+                raise ConfigError(
+                    f"{source}: data.{name} has no effect with --on: that of the run or of --config applies; remove it"
+                )
         return load_source(config.data, config.train.seed)
     has_splits = source in LABELS_OF_NAMED_SOURCES or saved_splits(Path(source))
     every_row = None if has_splits else source

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data.errors import DataError
-from data.sources import AG_NEWS_LABELS, LabelledText, Split
+from data.sources import AG_NEWS_LABELS, DataConfig, LabelledText, Split
 from training.class_map import load_other, map_texts, read_map
 from training.errors import ConfigError
 
@@ -90,17 +90,23 @@ def test_what_can_not_be_mapped_is_one_line(tmp_path, write):
 
 def test_all_rows_of_a_file_are_test_texts_and_the_settings_of_a_toml_file_count(tiny_data, tmp_path):
     file = tiny_data / "test.csv"
-    assert len(load_other(str(file)).test.texts) == 40
+    assert len(load_other(str(file), DataConfig()).test.texts) == 40
     (tmp_path / "other.toml").write_text(f'[data]\nsource = "{file}"\ntext_columns = ["label"]\n')
-    assert np.unique(load_other(str(tmp_path / "other.toml")).test.texts).tolist() == ["business", "sports"]
+    texts = load_other(str(tmp_path / "other.toml"), DataConfig(max_length=17)).test.texts
+    assert np.unique(texts).tolist() == ["business", "sports"]
+    # Refused also where it names the default.
+    (tmp_path / "other.toml").write_text(f'[data]\nsource = "{file}"\nmax_length = {DataConfig.max_length}\n')
+    load_other(str(tmp_path / "other.toml"), DataConfig())
+    with pytest.raises(ConfigError, match=r"other.toml: data.max_length has no effect with --on"):
+        load_other(str(tmp_path / "other.toml"), DataConfig(max_length=17))
     with pytest.raises(DataError, match="choose ag_news"):
-        load_other("no-such-source")
+        load_other("no-such-source", DataConfig())
 
 
 @pytest.mark.real_cache
 def test_the_maps_here_have_names_of_both_sides_and_mention_every_class():
     try:
-        groups = load_other("20newsgroups").label_names
+        groups = load_other("20newsgroups", DataConfig()).label_names
     except DataError as error:
         pytest.skip(f"not cached and can't be fetched: {error}")
     there, back = (MAPS / f"{name}.toml" for name in ("20newsgroups_to_ag_news", "ag_news_to_20newsgroups"))
