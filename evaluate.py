@@ -318,24 +318,26 @@ def write_predictions(adapters: dict[str, Trained], arguments: Arguments) -> Non
     """Classify the rows of --predict into --out, written atomically; of several adapters each has a column."""
     source, out = arguments.predict, arguments.out
     assert source is not None and out is not None, "checked by check_arguments"
-    columns = {arguments.text_columns or one.config.data.text_columns for one in adapters.values()}
+    columns = {arguments.text_columns or trained.config.data.text_columns for trained in adapters.values()}
     if len(columns) > 1:
         raise ConfigError("the adapters were trained on columns of different names; choose them by --text-columns")
     ids, texts, notes = read_unlabelled(source, columns.pop(), arguments.id_column, arguments.encoding)
     for note in notes:
         say(f"            {note}")
-    for one in adapters.values():
-        if one.model.config.multi_label and not arguments.indices and any(_SEPARATOR in n for n in one.label_names):
+    for trained in adapters.values():
+        separated = trained.model.config.multi_label and not arguments.indices
+        if separated and any(_SEPARATOR in name for name in trained.label_names):
             raise ConfigError(f"a class name has {_SEPARATOR!r} in it, which separates labels in --out; add --indices")
     labels = []
-    for one, found in zip(adapters.values(), classify([*adapters.values()], texts), strict=True):
-        names = [*map(str, range(len(one.label_names)))] if arguments.indices else one.label_names
-        chosen = found > 0.5 if one.model.config.multi_label else found.argmax(dim=1)
+    for (adapter, trained), found in zip(adapters.items(), classify([*adapters.values()], texts), strict=True):
+        names = [*map(str, range(len(trained.label_names)))] if arguments.indices else trained.label_names
+        chosen = found > 0.5 if trained.model.config.multi_label else found.argmax(dim=1)
         labels.append(class_names(chosen.numpy(), names, _SEPARATOR))
         if arguments.abstain is not None:
             undecided = (found.amax(dim=1) < arguments.abstain).tolist()
-            labels[-1] = ["" if one else label for one, label in zip(undecided, labels[-1], strict=True)]
-            say(f"undecided   {sum(undecided):,} of {len(ids):,} rows: their label is empty")
+            labels[-1] = ["" if doubt else label for doubt, label in zip(undecided, labels[-1], strict=True)]
+            whose = f" by {adapter}" if adapter else ""
+            say(f"undecided   {sum(undecided):,} of {len(ids):,} rows{whose}: their label is empty")
     with atomic_write(out) as part, part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("ID", *(adapters if arguments.adapter else ["label"])))
@@ -380,6 +382,8 @@ def report_speed(trained: Trained) -> None:
     """Print texts per second and time per call on the test texts, adapters separate and merged, side by side."""
     split = _encode(trained, _test_split(trained))
     merged = copy.deepcopy(trained.model)
+    if dequantize(merged):
+        say("dequantized the base's weights of the merged copy")
     merge_lora(merged)
     models = {"adapters separate": trained.model, "adapters merged": unload_lora(merged)}
     rows = []
@@ -434,7 +438,8 @@ def check_arguments(arguments: Arguments) -> None:
     if arguments.abstain is not None and not 0 < arguments.abstain < 1:
         raise ConfigError(f"--abstain {arguments.abstain}: give a probability between 0 and 1")
     ignoring = [name for name in ("--on", "--noise", "--speed") if questions[name]]
-    ignoring += ["--export alone"] * (arguments.export is not None and not any(questions.values()))
+    if arguments.export is not None and not any(questions.values()):
+        ignoring.append("--export alone")
     if arguments.abstain is not None and ignoring:
         raise ConfigError(f"--abstain has no effect with {ignoring[0]}; remove it")
     export = arguments.export
@@ -502,6 +507,8 @@ def evaluate(arguments: Arguments) -> int:
             say(abstention_summary(logits, split.labels, trained.temperature, arguments.abstain))
 
     if arguments.export is not None:
+        if trained.temperature != 1:
+            say(f"divided     the last layer by the temperature: logits are z / {trained.temperature:.3f}")
         plain = unload_lora(trained.model).cpu()
         for parameter in plain.classifier.out_proj.parameters():
             parameter.data /= trained.temperature  # so that softmax(logits) are the probabilities given here

@@ -18,6 +18,7 @@ from evaluate import Arguments, evaluate, load_several
 from lora.config import LoRAConfig
 from lora.inject import inject_lora
 from lora.peft_format import save_adapter
+from lora.quantized import QuantizedLinear
 from roberta.config import RobertaConfig
 from roberta.tokenizer import TextTokenizer
 from roberta.weights import load_checkpoint, save_checkpoint
@@ -26,6 +27,7 @@ from train import train
 from training import recorder
 from training.command_line import EXIT_BAD_INPUT, parse_options, run_command
 from training.config import parse_command_line, read_config, write_config
+from training.speed import measure_speed
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def test_the_test_split_scores_as_training_printed(command, finished):
     assert line.split("loss")[0] in merged
 
 
-def test_a_run_over_a_base_in_4_bits(command, tiny_config, tmp_path):
+def test_a_run_over_a_base_in_4_bits(command, tiny_config, tmp_path, monkeypatch):
     """Scored, continued and exported over the same base; `--base-bits 16` gives another function."""
     folder = tmp_path / "run4"
     options = [str(tiny_config), "--model.base-bits", "4", "--train.epochs", "1", "--output", str(folder)]
@@ -69,6 +71,17 @@ def test_a_run_over_a_base_in_4_bits(command, tiny_config, tmp_path):
     _, exact, _ = command(folder, "--base-bits", 16)
     assert f"loss {scores['loss']:.4f}" not in exact
     assert "4 bits" in (folder / "README.md").read_text()
+    timed: dict[str, torch.nn.Module] = {}
+
+    def watched(models, *rest):
+        timed.update(models)
+        return measure_speed(models, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("evaluate.measure_speed", watched)
+        _, out, _ = command(folder, "--speed")
+    quantized = [any(isinstance(one, QuantizedLinear) for one in model.modules()) for model in timed.values()]
+    assert quantized == [True, False] and "dequantized the base's weights of the merged copy" in out
     _, text, _ = command(folder, "--text", "oil price")
     code, out, _ = command(folder, "--text", "oil price", "--export", tmp_path / "merged")
     assert code == 0 and "dequantized the base's weights" in out and text.splitlines()[-1] in out
@@ -492,6 +505,12 @@ def test_another_source_is_scored_by_a_map(command, finished, tmp_path):
     for own in (folder / "config.toml", config.data.test_file):
         code, out, err = command(folder, "--on", own)
         assert code == 0 and table in out and f"\n{line.split('   ')[0].removeprefix('test ')} on 40 texts" in out, err
+    for name, setting in (("max_length", "max_length = 17"), ("cleaning", "[data.cleaning]\nhtml = true")):
+        (tmp_path / "set.toml").write_text(f'[data]\nsource = "{config.data.test_file}"\n{setting}\n')
+        code, _, err = command(folder, "--on", tmp_path / "set.toml")
+        assert code == EXIT_BAD_INPUT and f"set.toml: data.{name} has no effect with --on" in err, err
+        code, _, err = command(folder, "--on", tmp_path / "set.toml", "--config", tmp_path / "set.toml")
+        assert code == 0, err
     names = {"sports": "cricket", "business": "trade"}
     rows = [(names[label], text) for label, text in tiny_rows(40, seed=1)] + [
         ("weather", "rain"),
@@ -505,12 +524,6 @@ def test_another_source_is_scored_by_a_map(command, finished, tmp_path):
         assert code == 0 and table in out and "6 texts of classes that are not mapped: weather 3, art 3" in out
     (tmp_path / "map.toml").write_text('cricket = "sports"\nweather = ["business", "sports"]\n')
     for arguments, says in [
-    for name, setting in (("max_length", "max_length = 17"), ("cleaning", "[data.cleaning]\nhtml = true")):
-        (tmp_path / "set.toml").write_text(f'[data]\nsource = "{config.data.test_file}"\n{setting}\n')
-        code, _, err = command(folder, "--on", tmp_path / "set.toml")
-        assert code == EXIT_BAD_INPUT and f"set.toml: data.{name} has no effect with --on" in err, err
-        code, _, err = command(folder, "--on", tmp_path / "set.toml", "--config", tmp_path / "set.toml")
-        assert code == 0, err
         (on, "no name is equal; map them by --map FILE"),
         ((*on, "--map", tmp_path / "map.toml"), "'weather' and 'cricket' share classes"),
         ((folder, "--map", tmp_path / "map.toml"), "--map has no effect without --on; remove it"),
@@ -647,7 +660,8 @@ def test_probabilities_are_divided_by_the_temperature_and_scores_are_not(command
     for start, name, expected in ((0, folder, plain), (1, tempered, shown)):
         assert [probabilities(line.removeprefix(str(name))) for line in both[start::2]] == expected
 
-    assert command(tempered, "--export", tmp_path / "merged")[0] == 0
+    code, out, _ = command(tempered, "--export", tmp_path / "merged")
+    assert code == 0 and "the last layer by the temperature: logits are z / 8.000" in out
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
@@ -674,7 +688,8 @@ def test_texts_below_a_probability_are_undecided(command, finished, tempered, tm
     assert code == 0 and "undecided   6 of 12 rows: their label is empty" in out
     labels = [line.split(",")[1] for line in (tmp_path / "one.csv").read_text().splitlines()[1:]]
     assert [label == "" for label in labels] == below
-    assert command("--adapter", finished[0], "--adapter", tempered, *options, tmp_path / "two.csv")[0] == 0
+    code, out, _ = command("--adapter", finished[0], "--adapter", tempered, *options, tmp_path / "two.csv")
+    assert code == 0 and f"undecided   6 of 12 rows by {tempered}: " in out and f" rows by {finished[0]}: " in out
     rows = [line.split(",") for line in (tmp_path / "two.csv").read_text().splitlines()[1:]]
     assert [row[2] == "" for row in rows] == below and all(row[1] for row in rows)
 
