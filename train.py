@@ -4,8 +4,8 @@
 
 Reading order for a learner: `train_step` (one optimizer step, with everything that mixed precision and accumulation add
 to it), `train_epoch`, then `train` from top to bottom. Reading the data, the console, checkpoints, signals and the
-report are in `training/`; of that folder only precision, distributed, scoring (a text's loss, which epoch is best) and
-setup (seeds, batches) affect the numbers.
+report are in `training/`; of that folder only adamw8bit, calibration (probabilities), distributed, precision, scoring
+(a text's loss, which epoch is best), setup (seeds, batches) and substitution (new texts) affect the numbers.
 """
 
 from __future__ import annotations
@@ -66,9 +66,10 @@ def train_step(
         labels = batch.labels.to(compute.device, non_blocking=True)
         with compute.autocast():
             logits = model(input_ids, attention_mask)  # (batch, classes)
-            losses = text_losses(logits, labels)  # (batch,)
             if r_drop > 0:  # the same texts again, with other dropout masks
-                losses = r_drop_losses(logits, model(input_ids, attention_mask), labels, r_drop)
+                losses = r_drop_losses(logits, model(input_ids, attention_mask), labels, r_drop)  # (batch,)
+            else:
+                losses = text_losses(logits, labels)  # (batch,)
             # Divided by the weights of all batches: each text counts as in one large batch, also in a shorter last one.
             loss = (batch.weights.to(losses, non_blocking=True) * losses).sum() / total_weight
         loss = loss + orthogonality_penalty(model, batch.weights.sum().item() / total_weight)  # AdaLoRA alone
