@@ -7,9 +7,10 @@ Of a text's l words, n = max(1, floor(alpha l)) as in EDA are masked together, a
 
 Source: Wu et al. 2019, "Conditional BERT Contextual Augmentation", section 3, which replaces the bidirectional RNN
 language model of Kobayashi 2018, "Contextual Augmentation", by BERT. Four differences: the model is not trained to see
-the label, as in both papers, so a replacement may contradict the label; the softmax has temperature 1; a word is a
-single token of letters that begins with a space, where BERT's word pieces are masked there; n is EDA's. Words of
-several tokens stay, as does the first word, whose token in RoBERTa's vocabulary has no space.
+the label, as it is in both papers, so a replacement may contradict the label; the softmax has temperature 1, which is a
+parameter in Kobayashi's; a word is a single token of letters that begins with a space, where Wu et al. mask BERT's word
+pieces; n is EDA's. Words of several tokens stay, as does the first word, whose token in RoBERTa's vocabulary has no
+space.
 
 The new texts depend on (seed, epoch, row), and by rounding on the texts of the same pass.
 """
