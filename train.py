@@ -5,7 +5,7 @@
 Reading order for a learner: `train_step` (one optimizer step, with everything that mixed precision and accumulation add
 to it), `train_epoch`, then `train` from top to bottom. Reading the data, the console, checkpoints, signals and the
 report are in `training/`; of that folder only adamw8bit, calibration (probabilities), distributed, precision, scoring
-(a text's loss, which epoch is best), setup (seeds, batches) and substitution (new texts) affect the numbers.
+(a text's loss, which epoch is best), setup (seeds, batches), substitution (new texts) and tmix affect the numbers.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from training.progress import say
 from training.recorder import Recorder
 from training.scoring import Scores, predict, r_drop_losses, score, text_losses
 from training.setup import Inputs, epoch_batches, load_base, load_inputs, recompute_activations, set_up_process
+from training.tmix import mixing, tmix_losses
 
 
 def train_step(
@@ -47,15 +48,16 @@ def train_step(
     max_grad_norm: float,
     world: World = ALONE,
     r_drop: float = 0.0,
+    tmix: float = 0.0,
 ) -> Tensor:
     """One optimizer step on `batches`, which count as one large batch (gradient accumulation).
 
         loss = sum over all texts of w L(logits, labels) / sum over all texts of w
 
-    L is the text's loss (`text_losses`; with R-Drop `r_drop_losses`), w its weight: 1, or that of its class
-    (train.class_weights); AdaLoRA adds its penalty. Returns that loss in nats, a scalar still on the device: reading it
-    is the caller's decision, as it makes a GPU wait. With fp16 a step whose gradients overflow changes nothing but the
-    loss scale (Micikevicius et al. 2018). `max_grad_norm` = 0 leaves the gradients as they are.
+    L is the text's loss (`text_losses`; with R-Drop `r_drop_losses`, with TMix `tmix_losses`), w its weight: 1, or that
+    of its class (train.class_weights); AdaLoRA adds its penalty. Returns that loss in nats, a scalar still on the
+    device: reading it is the caller's decision, as it makes a GPU wait. With fp16 a step whose gradients overflow
+    changes nothing but the loss scale (Micikevicius et al. 2018). `max_grad_norm` = 0 leaves the gradients as they are.
     Of several processes each holds some of the texts, and all make the same step.
     """
     total_weight = sum(batch.total_weight for batch in batches)  # over all processes; the number of texts if w = 1
@@ -64,12 +66,12 @@ def train_step(
         input_ids = batch.input_ids.to(compute.device, non_blocking=True)
         attention_mask = batch.attention_mask.to(compute.device, non_blocking=True)
         labels = batch.labels.to(compute.device, non_blocking=True)
-        with compute.autocast():
+        with compute.autocast(), mixing(model, tmix, labels) as mix:  # None without TMix
             logits = model(input_ids, attention_mask)  # (batch, classes)
             if r_drop > 0:  # the same texts again, with other dropout masks
                 losses = r_drop_losses(logits, model(input_ids, attention_mask), labels, r_drop)  # (batch,)
             else:
-                losses = text_losses(logits, labels)  # (batch,)
+                losses = tmix_losses(logits, labels, mix) if mix else text_losses(logits, labels)  # (batch,)
             # Divided by the weights of all batches: each text counts as in one large batch, also in a shorter last one.
             loss = (batch.weights.to(losses, non_blocking=True) * losses).sum() / total_weight
         loss = loss + orthogonality_penalty(model, batch.weights.sum().item() / total_weight)  # AdaLoRA alone
@@ -143,9 +145,8 @@ def train_epoch(
     while group := list(islice(remaining, settings.accumulation_steps)):
         world.seed(settings.seed, recorder.state.step)  # of several processes each draws its own dropout masks
         learning_rate = float(schedule.get_last_lr()[0])
-        loss = train_step(
-            model, group, optimizer, schedule, scaler, compute, settings.max_grad_norm, world, settings.r_drop
-        )
+        clip, r_drop, tmix = settings.max_grad_norm, settings.r_drop, settings.tmix
+        loss = train_step(model, group, optimizer, schedule, scaler, compute, clip, world, r_drop, tmix)
         recorder.record_step(loss, learning_rate, group)
         if recorder.interrupted:
             return

@@ -130,6 +130,16 @@ def test_a_run_killed_anywhere_and_resumed_is_the_run_never_interrupted(command,
         assert not (tmp_path / "cut" / "checkpoint").exists()
 
 
+def test_a_killed_run_with_tmix_resumes_with_the_same_mixes(command, tmp_path):
+    mixed = ("--train.r-drop", 0, "--train.tmix", 0.5, "--train.epochs", 2)
+    status, events = in_a_fork(command("whole", *mixed))
+    assert status == 0
+    middle = [i for i, name in enumerate(events) if name == "train_step"][4]  # after the checkpoint of the third step
+    assert in_a_fork(command("cut", *mixed), kill_at=middle)[0] == -signal.SIGKILL
+    assert in_a_fork(command("cut", *mixed, "--resume"))[0] == 0
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
 def test_a_run_killed_several_times_is_the_same_run(command, whole, tmp_path):
     expected, events = whole
     kills = 0

@@ -513,6 +513,21 @@ def test_r_drop_passes_each_batch_twice_and_needs_dropout(run, tiny_config, tiny
     assert code == EXIT_BAD_INPUT and "train.r_drop compares two passes" in err and err.count("\n") == 1
 
 
+def test_tmix_mixes_each_batch_and_needs_two_texts(run, tiny_config, tiny_data, monkeypatch):
+    real, seen = train_module.tmix_losses, []
+    monkeypatch.setattr(train_module, "tmix_losses", lambda *values: seen.append(values) or real(*values))
+    options = ("--train.epochs", 1, "--train.tmix", 0.4, "--train.accumulation-steps", 2)
+    code, out, _ = run(tiny_config, *options)
+    assert code == 0 and "TMix        texts mixed in pairs after layer 2, alpha 0.4\n" in out
+    assert [len(mix.partner) for _, _, mix in seen] == [len(labels) for _, labels, _ in seen] and len(seen) == 11
+    assert len({mix.lam for _, _, mix in seen}) == 11
+
+    code, _, err = run(tiny_config, *options, "--train.batch-size", 1, "--overwrite")
+    assert code == EXIT_BAD_INPUT and "train.tmix mixes texts of a batch" in err and err.count("\n") == 1
+    code, _, err = run(tiny_config, *options, "--train.r-drop", 1, "--overwrite")
+    assert code == EXIT_BAD_INPUT and "train.tmix and train.r_drop exclude" in err and err.count("\n") == 1
+
+
 def test_eda_on_another_script_is_refused(run, tiny_config, tiny_data):
     rows = "".join(f"{i % 2},слово номер {i}\n" for i in range(40))
     (tiny_data / "train.csv").write_text(f"label,text\n{rows}", encoding="utf-8")

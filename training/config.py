@@ -91,6 +91,8 @@ class TrainConfig:
     """Weight of each text in the training loss: balanced is n / (k n_c), for n texts, k classes, n_c of its class."""
     r_drop: float = 0.0
     """R-Drop: weight alpha of the divergence between two passes of each text with other dropout masks; 0: one pass."""
+    tmix: float = 0.0
+    """TMix: alpha of the Beta distribution of the share in which two texts' hidden states are mixed; 0: not mixed."""
     max_trainable: int | None = None
     """Refuse to train more parameters than this."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -122,9 +124,12 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"train.{name} is {value!r}; it must be above 0")
-        for name in ("patience", "weight_decay", "max_grad_norm", "r_drop", "seed", "checkpoint_steps"):
+        for name in ("patience", "weight_decay", "max_grad_norm", "r_drop", "tmix", "seed", "checkpoint_steps"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"train.{name} is {getattr(self, name)!r}; it must be 0 or more")
+        for name, off in (("r_drop", 0), ("compile", "off")):
+            if self.tmix and getattr(self, name) != off:
+                raise ConfigError(f"train.tmix and train.{name} exclude each other; choose one")
         for name in ("seed", "accumulation_steps"):  # numpy's limit; that of a count of batches is higher
             if getattr(self, name) >= 2**32:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}; it must be below {2**32}")

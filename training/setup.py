@@ -33,6 +33,7 @@ from training.errors import ConfigError
 from training.precision import WIDTH_WHEN_COMPILED, Compute, choose_compute, use_determinism
 from training.progress import say
 from training.substitution import check_words, substitute
+from training.tmix import mix_layers
 
 
 def seed_everything(seed: int) -> None:
@@ -126,6 +127,11 @@ def load_inputs(config: RunConfig, world: World) -> Inputs:
     if settings.r_drop:
         check_dropout(model_config, config.methods)
         say(f"R-Drop      each text twice in a step, alpha {settings.r_drop:g}")
+    if settings.tmix:
+        if settings.batch_size <= world.size:
+            raise ConfigError("train.tmix mixes texts of a batch, of which a process has one; raise train.batch_size")
+        layers = " or ".join(map(str, mix_layers(model_config.num_hidden_layers)))
+        say(f"TMix        texts mixed in pairs after layer {layers}, alpha {settings.tmix:g}")
     check_budget(model_config, config.methods, settings.max_trainable)  # before anything large is read
     virtual = sum(method.num_virtual_tokens for method in config.methods)
     if config.data.max_length + virtual > model_config.max_length:

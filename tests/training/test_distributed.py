@@ -299,7 +299,8 @@ def test_a_process_that_dies_ends_the_run_which_resumes_with_another_number(alon
 
 
 def test_dropout_differs_and_a_stopped_run_resumes_with_the_same_bits(tiny_config, tmp_path):
-    arguments = [tiny_config, *OPTIONS, "--lora.dropout", 0.2, "--train.log-every", 4, "--output"]
+    """With TMix, whose mixes differ too."""
+    arguments = [tiny_config, *OPTIONS, "--lora.dropout", 0.2, "--train.tmix", 0.5, "--train.log-every", 4, "--output"]
     codes, uninterrupted = forks(
         2, lambda rank: run_train([*arguments, tmp_path / "uninterrupted"], double=False), tmp_path / "seen"
     )
