@@ -7,6 +7,7 @@ short news in random batches of 32, half of all tokens would be padding.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Sequence
@@ -37,32 +38,51 @@ class Tokenizer(Protocol):
 
     pad_token_id: int
     max_length: int
+    windows: int
+    overlap: int
 
-    def encode_batch_with_cuts(self, texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
-        """Ids of each text with its special tokens, truncated to `max_length`, and whether it was longer."""
+    def encode_windows(self, texts: Sequence[str]) -> tuple[list[list[list[int]]], list[bool]]:
+        """Ids of the at most `windows` windows of each text, of `max_length` tokens, and whether a part is in none."""
 
 
 @dataclass(frozen=True)
 class EncodedSplit:
-    """The token ids of a split. Text i is `input_ids[offsets[i]:offsets[i + 1]]`."""
+    """The token ids of a split. Row i is `input_ids[offsets[i]:offsets[i + 1]]`: a text, or a window of one."""
 
     input_ids: np.ndarray
     """(sum of lengths,) int32."""
     offsets: np.ndarray
-    """(texts + 1,) int64, from 0."""
+    """(rows + 1,) int64, from 0."""
     labels: np.ndarray
     """(texts,) int64: the class; multi-label, (texts, classes) int64: 1 for each class of the text, else 0."""
     max_length: int
-    """Length in tokens to which longer texts were truncated."""
+    """Length in tokens of the longest possible row."""
     truncated: int
-    """Number of truncated texts."""
+    """Number of texts of which a part is in no row."""
     weights: np.ndarray | None = None
-    """(texts,) float64: weight of each text in the training loss; None for 1 each."""
+    """(rows,) float64: weight of each row in the training loss; None for 1 each."""
+    texts: np.ndarray | None = None
+    """(rows,) int64: the text of which a row is a window; None if row i is text i."""
 
     @property
     def lengths(self) -> np.ndarray:
-        """(texts,) number of tokens of each text."""
+        """(rows,) number of tokens of each row."""
         return np.diff(self.offsets)
+
+    @property
+    def longer(self) -> int:
+        """Number of texts longer than `max_length`."""
+        return self.truncated if self.texts is None else int((np.bincount(self.texts) > 1).sum())
+
+    def labels_of(self, rows: np.ndarray) -> np.ndarray:
+        """The labels of the texts of the given rows."""
+        return self.labels[rows if self.texts is None else self.texts[rows]]
+
+    def weighted(self, weights: np.ndarray) -> EncodedSplit:
+        """The same split with the given weight of each text, (texts,), in equal parts on the text's n windows."""
+        if self.texts is not None:
+            weights = (weights / np.bincount(self.texts))[self.texts]
+        return dataclasses.replace(self, weights=weights)
 
 
 @dataclass(frozen=True)
@@ -91,31 +111,50 @@ class Batch:
 
 
 def encode_split(split: Split, tokenizer: Tokenizer, description: str = "tokenizing") -> EncodedSplit:
-    """Tokenize a split; `description` labels the progress bar. Raises what the tokenizer raises."""
-    ids, lengths, truncated = [np.empty(0, np.int32)], [0], 0
+    """Tokenize a split; `description` labels the progress bar. Raises what the tokenizer raises.
+
+    If the tokenizer cuts windows, each is a row, and has the weight 1/n for the n windows of its text.
+    """
+    ids, lengths, counts, truncated = [np.empty(0, np.int32)], [0], [np.empty(0, np.int64)], 0
     # disable=None shows the bar on a terminal only.
     with tqdm(total=len(split.texts), desc=description, unit=" texts", leave=False, disable=None) as bar:
         for start in range(0, len(split.texts), _TEXTS_PER_CALL):
-            chunk, cut = tokenizer.encode_batch_with_cuts(split.texts[start : start + _TEXTS_PER_CALL])
-            ids.append(np.fromiter(itertools.chain.from_iterable(chunk), np.int32))
-            lengths += map(len, chunk)
+            chunk, cut = tokenizer.encode_windows(split.texts[start : start + _TEXTS_PER_CALL])
+            rows = [*itertools.chain.from_iterable(chunk)]
+            ids.append(np.fromiter(itertools.chain.from_iterable(rows), np.int32))
+            lengths += map(len, rows)
+            counts.append(np.array([*map(len, chunk)]))
             truncated += sum(cut)
             bar.update(len(chunk))
-    return EncodedSplit(
+    encoded = EncodedSplit(
         np.concatenate(ids),
         np.cumsum(lengths, dtype=np.int64),
         np.asarray(split.labels, dtype=np.int64),
         tokenizer.max_length,
         truncated,
     )
+    if tokenizer.windows == 1:
+        return encoded
+    texts = np.repeat(np.arange(len(split.texts)), np.concatenate(counts))
+    return dataclasses.replace(encoded, texts=texts).weighted(np.ones(len(split.texts)))
+
+
+def describe_long(splits: Sequence[EncodedSplit], tokenizer: Tokenizer) -> str:
+    """How many texts are longer than `max_length`, and how they are read, for display."""
+    line = f"{sum(split.longer for split in splits):,} texts are longer than {tokenizer.max_length} tokens and are "
+    if tokenizer.windows == 1:
+        return line + "truncated"
+    partly = sum(split.truncated for split in splits)
+    shared = f"{tokenizer.windows} windows that share {tokenizer.overlap} tokens"
+    return line + f"read in at most {shared}, {partly:,} of them in part"
 
 
 def joined(splits: Sequence[EncodedSplit]) -> EncodedSplit:
-    """The texts of all `splits`, one split after the other."""
+    """The rows of all `splits`, one split after the other, each as a text of its own."""
     return EncodedSplit(
         np.concatenate([split.input_ids for split in splits]),
         np.cumsum([0, *itertools.chain.from_iterable(split.lengths for split in splits)], dtype=np.int64),
-        np.concatenate([split.labels for split in splits]),
+        np.concatenate([split.labels_of(np.arange(len(split.lengths))) for split in splits]),
         max(split.max_length for split in splits),
         sum(split.truncated for split in splits),
     )
@@ -168,7 +207,7 @@ def collate(
     return Batch(
         input_ids=torch.from_numpy(ids),
         attention_mask=torch.from_numpy(mask),
-        labels=torch.from_numpy(split.labels[rows]),
+        labels=torch.from_numpy(split.labels_of(rows)),
         weights=torch.from_numpy(weights),
         indices=torch.from_numpy(rows.astype(np.int64)),
         tokens=tokens,

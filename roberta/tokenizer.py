@@ -31,9 +31,17 @@ _SPECIAL_TOKENS = {
 class TextTokenizer:
     """A tokenizer that truncates to `max_length` tokens, special tokens included, at the end or at the beginning.
 
+    With `windows` above 1, a longer text of l tokens x becomes up to that many windows, each with its special tokens:
+
+        window i = x[i s : min(i s + m, l)],   s = m - overlap,   i = 0, 1, ... until one ends at l
+
+    where m = max_length - (special tokens) is the room for the text, and `overlap` by default a quarter of max_length.
+    With `truncation_side` left, the first window is at the end of the text. Source: run_squad.py of BERT (Devlin et al.
+    2018), which reads long paragraphs like this; its doc_stride is s.
+
     `special_tokens` names the token of each role ("pad_token", ...); others are found by RoBERTa's names and BERT's. As
     in `transformers`, a special token spelled out in the text ("<s>") becomes that token. Raises CheckpointError if the
-    vocabulary has no padding token.
+    vocabulary has no padding token, or if windows don't move on.
     """
 
     def __init__(
@@ -42,11 +50,17 @@ class TextTokenizer:
         max_length: int,
         special_tokens: Mapping[str, str] | None = None,
         truncation_side: str = "right",
+        windows: int = 1,
+        overlap: int | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(max_length, direction=truncation_side)
+        overlap = 0 if windows == 1 else max_length // 4 if overlap is None else overlap
+        if windows > 1 and overlap >= (room := max_length - tokenizer.num_special_tokens_to_add(is_pair=False)):
+            raise CheckpointError(f"windows of {room} tokens can't overlap by {overlap}; lower window_overlap")
+        self._tokenizer.enable_truncation(max_length, stride=overlap, direction=truncation_side)
         self.max_length, self.truncation_side = max_length, truncation_side
+        self.windows, self.overlap = windows, overlap
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         present = {role: [name for name in names if name in vocabulary] for role, names in _SPECIAL_TOKENS.items()}
         self._special_tokens = {role: names[0] for role, names in present.items() if names} | dict(special_tokens or {})
@@ -60,14 +74,16 @@ class TextTokenizer:
         self.mask_token_id: int | None = vocabulary.get(self._special_tokens.get("mask_token", ""))
 
     @classmethod
-    def from_directory(cls, directory: str | Path, max_length: int) -> TextTokenizer:
+    def from_directory(
+        cls, directory: str | Path, max_length: int, windows: int = 1, overlap: int | None = None
+    ) -> TextTokenizer:
         """Read the files that `transformers.AutoTokenizer` reads: see `roberta.tokenizer_files`.
 
         Raises CheckpointError if files are missing or damaged, or if a setting is not supported.
         """
         files = read_tokenizer(Path(directory))
         try:
-            return cls(files.tokenizer, max_length, files.special_tokens, files.truncation_side)
+            return cls(files.tokenizer, max_length, files.special_tokens, files.truncation_side, windows, overlap)
         except CheckpointError as error:
             raise CheckpointError(f"{files.source}: {error}") from None
 
@@ -115,11 +131,11 @@ class TextTokenizer:
                 raise CheckpointError(f"{where}: the tokenizer {problem}")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text with its special tokens, at most `max_length`; no padding."""
-        return self.encode_batch_with_cuts(texts)[0]
+        """Ids of each text with its special tokens, at most `max_length`: its first window; no padding."""
+        return [windows[0] for windows in self.encode_windows(texts)[0]]
 
-    def encode_batch_with_cuts(self, texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
-        """The ids as from `encode_batch`, and for each text whether it was truncated.
+    def encode_windows(self, texts: Sequence[str]) -> tuple[list[list[list[int]]], list[bool]]:
+        """Ids of each window of each text, as from `encode_batch`, and for each text whether a part is in no window.
 
         Raises CheckpointError if the tokenizer fails on a text, as with a regular expression that never finishes.
         """
@@ -129,7 +145,12 @@ class TextTokenizer:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise CheckpointError(f"the tokenizer fails on a text ({error}); fetch the checkpoint again") from None
-        return [encoding.ids for encoding in encodings], [bool(encoding.overflowing) for encoding in encodings]
+        rest = [encoding.overflowing for encoding in encodings]  # the further windows, each with its special tokens
+        windows = [
+            [encoding.ids, *(other.ids for other in others[: self.windows - 1])]
+            for encoding, others in zip(encodings, rest, strict=True)
+        ]
+        return windows, [len(others) >= self.windows for others in rest]
 
     def save(self, directory: str | Path) -> None:
         """Write `tokenizer.json`, without truncation, and the settings that `transformers` needs to open it."""

@@ -121,7 +121,7 @@ def test_word_pieces(word_pieces, tmp_path):
         [2, 1, 11, 9, 10, 3],
     ]
     assert ours.pad_token_id == 0
-    assert ours.encode_batch_with_cuts(["oil", "oil oil oil oil oil"])[1] == [False, True]
+    assert ours.encode_windows(["oil", "oil oil oil oil oil"])[1] == [False, True]
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(word_pieces / "tokenizer.json"))
     texts = ["Oil prices rise", "[SEP] a [MASK]", "", "zebra, unrise"]
     for text, ids in zip(texts, ours.encode_batch(texts), strict=True):
