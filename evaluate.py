@@ -31,7 +31,7 @@ import tyro
 
 from cpu import speed_up
 from data.assets import TOKENIZER_FILES, fetch_checkpoint
-from data.batching import Batch, EncodedSplit, encode_split, evaluation_batches, joined
+from data.batching import Batch, EncodedSplit, describe_long, encode_split, evaluation_batches, joined
 from data.cleaning import make_cleaner
 from data.errors import DataError
 from data.noise import CORRUPTIONS, SEVERITIES
@@ -55,7 +55,7 @@ from training.plots import draw_noise, save_png
 from training.precision import Compute, choose_compute
 from training.progress import say
 from training.run_folder import RunFolder
-from training.scoring import Scores, check_finite, class_names, predict, score
+from training.scoring import Scores, check_finite, class_names, mean_of_windows, predict, score
 from training.setup import load_base
 from training.speed import measure_speed, speed_table
 
@@ -88,7 +88,7 @@ class Arguments:
     """For --predict: write the number of the class instead of its name."""
     on: str | None = None
     """Score the test texts of another source: a value of data.source (a file: all rows), or a TOML file with [data];
-    not with another cleaning or max_length."""
+    not with another cleaning, max_length or windows."""
     map: Path | None = None
     """For --on: a TOML file of lines "class of the source" = "class of the adapter"; equal names unless given."""
     noise: bool = False
@@ -106,8 +106,8 @@ class Arguments:
     base_bits: Literal[16, 8, 4] | None = None
     """Bits per weight of the base; those of the training unless given, 16 for an adapter folder."""
     config: Path | None = None
-    """Settings that name other data to score, its cleaning and max_length and, for an adapter folder, its classes; they
-    do not change the base."""
+    """Settings that name other data to score, its cleaning, max_length and windows and, for an adapter folder, its
+    classes; they do not change the base."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] | None = None
@@ -194,7 +194,7 @@ def load_trained(arguments: Arguments) -> Trained:
     files = adapter if any((adapter / name).is_file() for name in TOKENIZER_FILES) else checkpoint.directory
     if files == adapter and not is_run:
         say(f"tokenizer   {adapter}")
-    tokenizer = TextTokenizer.from_directory(files, max_length)
+    tokenizer = TextTokenizer.from_directory(files, max_length, config.data.windows, config.data.window_overlap)
     tokenizer.check_fits(model_config, files)
     clean = make_cleaner(config.data.cleaning)
     temperature = 1.0 if model_config.multi_label else read_temperature(adapter)
@@ -271,7 +271,8 @@ def load_several(arguments: Arguments) -> dict[str, Trained]:
 def classify(adapters: Sequence[Trained], texts: list[str]) -> list[torch.Tensor]:
     """Probabilities (texts, classes) by each adapter: softmax(logits / T), or sigmoids of the logits.
 
-    Each adapter gets the texts cleaned and truncated by its settings, those of its training unless --config is given.
+    Each adapter gets the texts cleaned and truncated, or in windows, by its settings, those of its training unless
+    --config is given.
     """
     splits = [_encode(trained, Split(texts, [0] * len(texts))) for trained in adapters]
     found = [_logits(adapters[0], splits[0])] if len(adapters) == 1 else _logits_of_several(adapters, splits)
@@ -282,15 +283,15 @@ def classify(adapters: Sequence[Trained], texts: list[str]) -> list[torch.Tensor
 
 
 def _encode(trained: Trained, split: Split, announce: bool = True) -> EncodedSplit:
-    """The texts, cleaned and truncated by `trained.config`; `announce` says how many are truncated."""
+    """The texts, cleaned and truncated, or in windows, by `trained.config`; `announce` says how many are longer."""
     encoded = encode_split(Split([*map(trained.clean, split.texts)], split.labels), trained.tokenizer)
-    if encoded.truncated and announce:
-        say(f"            {encoded.truncated:,} texts are longer than {encoded.max_length} tokens and are truncated")
+    if encoded.longer and announce:
+        say(f"            {describe_long([encoded], trained.tokenizer)}")
     return encoded
 
 
 def _logits(trained: Trained, split: EncodedSplit) -> torch.Tensor:
-    return predict(trained.model, _batches(trained, split), len(split.labels), trained.compute)
+    return mean_of_windows(predict(trained.model, _batches(trained, split), len(split.lengths), trained.compute), split)
 
 
 def _batches(trained: Trained, split: EncodedSplit) -> Iterable[Batch]:
@@ -302,7 +303,7 @@ def _batches(trained: Trained, split: EncodedSplit) -> Iterable[Batch]:
 def _logits_of_several(adapters: Sequence[Trained], splits: Sequence[EncodedSplit]) -> list[torch.Tensor]:
     """Logits (texts, classes) by each adapter of its split of the same texts; batches mix the rows of all."""
     several = Several({str(number): trained.model for number, trained in enumerate(adapters)})
-    names = [str(number) for number, split in enumerate(splits) for _ in split.labels]
+    names = [str(number) for number, split in enumerate(splits) for _ in split.lengths]
     first, rows = adapters[0], joined(splits)
     logits = torch.full((len(names), max(len(trained.label_names) for trained in adapters)), -math.inf)
     for batch in _batches(first, rows):
@@ -310,8 +311,8 @@ def _logits_of_several(adapters: Sequence[Trained], splits: Sequence[EncodedSpli
         with first.compute.autocast():
             batch_logits = several([names[row] for row in batch.indices], *inputs)
         logits[batch.indices, : batch_logits.shape[1]] = batch_logits.float().cpu()
-    found = zip(logits.chunk(len(adapters)), adapters, strict=True)
-    return [check_finite(padded[:, : len(trained.label_names)]) for padded, trained in found]
+    found = zip(logits.split([len(split.lengths) for split in splits]), adapters, splits, strict=True)
+    return [mean_of_windows(check_finite(own[:, : len(one.label_names)]), split) for own, one, split in found]
 
 
 def write_predictions(adapters: dict[str, Trained], arguments: Arguments) -> None:
@@ -394,7 +395,8 @@ def report_speed(trained: Trained) -> None:
         chosen = [full[i * len(full) // calls] for i in range(calls)] if len(full) > calls else full
         if chosen:
             rows += measure_speed(models, chosen, trained.compute).items()
-    say(f"compute     {trained.compute.describe()}, from token ids to logits\n")
+    counted = "; each window counts as a text" if trained.tokenizer.windows > 1 else ""
+    say(f"compute     {trained.compute.describe()}, from token ids to logits{counted}\n")
     say(speed_table(rows))
 
 
@@ -514,6 +516,8 @@ def evaluate(arguments: Arguments) -> int:
             parameter.data /= trained.temperature  # so that softmax(logits) are the probabilities given here
         save_checkpoint(plain, arguments.export, trained.tokenizer)
         say(f"exported    {arguments.export}: open it with transformers' AutoModelForSequenceClassification")
+        if trained.tokenizer.windows > 1:
+            say("            windows are not part of it: average the logits of a long text's windows yourself")
     return 0
 
 

@@ -33,7 +33,7 @@ from training.distributed import ALONE, World, join
 from training.precision import Compute
 from training.progress import say
 from training.recorder import Recorder
-from training.scoring import Scores, predict, r_drop_losses, score, text_losses
+from training.scoring import Scores, mean_of_windows, predict, r_drop_losses, score, text_losses
 from training.setup import Inputs, epoch_batches, load_base, load_inputs, recompute_activations, set_up_process
 from training.tmix import mixing, tmix_losses
 
@@ -160,7 +160,7 @@ def evaluate_split(
     pad_token_id = inputs.tokenizer.pad_token_id
     batches = evaluation_batches(split, batch_size, pad_token_id, config.data.padding, compute.device, world.share)
     # A row is 0 in all processes but one, so the sum is exact, and all of them see the same scores.
-    logits = world.sum(predict(model, batches, len(split.labels), compute))
+    logits = mean_of_windows(world.sum(predict(model, batches, len(split.lengths), compute)), split)
     return score(logits, split.labels, inputs.text.label_names), logits
 
 

@@ -78,7 +78,11 @@ class DataConfig:
     cleaning: CleaningConfig = field(default_factory=CleaningConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     max_length: int = 128
-    """Longer texts are truncated to this many tokens."""
+    """Longer texts are truncated to this many tokens, or read in windows of them."""
+    windows: int = 1
+    """Read a longer text in at most this many overlapping windows of max_length tokens; its logits are their mean."""
+    window_overlap: int | None = None
+    """Tokens that neighbouring windows share; a quarter of max_length by default."""
     padding: Literal["longest", "max_length"] = "longest"
     """Pad to the longest text of the batch, or always to max_length."""
 
@@ -88,6 +92,17 @@ class DataConfig:
         if self.max_length < 3:
             raise DataError(
                 f"data.max_length is {self.max_length!r}; it must be 3 or more: two tokens are special tokens"
+            )
+        if self.windows < 1:
+            raise DataError(f"data.windows is {self.windows!r}; it must be 1 or more: 1 truncates longer texts")
+        if self.windows > 1 and self.augmentation.n_aug:
+            raise DataError("data.windows and data.augmentation.n_aug exclude each other; set windows = 1 or n_aug = 0")
+        if self.window_overlap is not None and self.windows == 1:
+            raise DataError("data.window_overlap has no effect with data.windows = 1; remove it, or allow more windows")
+        if self.window_overlap is not None and not 0 <= self.window_overlap < self.max_length - 2:
+            raise DataError(
+                f"data.window_overlap is {self.window_overlap!r}; it must be 0 or more and below "
+                f"{self.max_length - 2}, the number of a text's tokens in a window"
             )
         if self.train_rows is not None and self.train_rows < 2:
             raise DataError(f"data.train_rows is {self.train_rows!r}; it must be 2 or more")

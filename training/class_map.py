@@ -39,12 +39,12 @@ def load_other(source: str, applied: DataConfig) -> LabelledText:
     """The data set that `source` names: a value of data.source, or a TOML file whose [data] has its settings.
 
     Of a file of texts alone, all rows are test texts. Raises ConfigError or DataError, also for a TOML file that sets
-    another cleaning or maximum length than `applied`, whose are used.
+    another cleaning, maximum length or windows than `applied`, whose are used.
     """
     if source.endswith(".toml"):
         raw = read_toml(source)
         config = parse_config(raw, source)
-        for name in ("cleaning", "max_length"):
+        for name in ("cleaning", "max_length", "windows", "window_overlap"):
             if name in raw.get("data", {}) and getattr(config.data, name) != getattr(applied, name):
                 raise ConfigError(
                     f"{source}: data.{name} has no effect with --on: that of the run or of --config applies; remove it"

@@ -59,6 +59,7 @@ def write_model_card(folder: RunFolder) -> None:
         calibration=report.get("calibration"),
         best_epoch=report["best_epoch"],
         max_length=config["data"]["max_length"],
+        windows=config["data"].get("windows", 1),
         cleaning=[step for step, on in config["data"]["cleaning"].items() if on],
         settings=folder.config.read_text(encoding="utf-8").strip(),
     )

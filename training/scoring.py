@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data.batching import Batch
+from data.batching import Batch, EncodedSplit
 from training.errors import ConfigError
 from training.precision import Compute
 
@@ -65,7 +65,7 @@ def class_names(labels: np.ndarray, names: Sequence[str], separator: str) -> lis
 
 @torch.no_grad()
 def predict(model: nn.Module, batches: Iterable[Batch], rows: int, compute: Compute) -> torch.Tensor:
-    """Logits of every text, (rows, labels), float32 on the CPU, in the order of the split.
+    """Logits of every row, (rows, labels), float32 on the CPU, in the order of the split.
 
     Batches are sorted by length, so rows are put back in order; a row in none of them stays 0, so that the results of
     several processes can be summed. Dropout is off; the model's mode is restored. Raises ConfigError if a logit is not
@@ -83,6 +83,19 @@ def predict(model: nn.Module, batches: Iterable[Batch], rows: int, compute: Comp
         logits[batch.indices] = batch_logits.float().cpu()
     model.train(was_training)
     return check_finite(logits)
+
+
+def mean_of_windows(logits: torch.Tensor, split: EncodedSplit) -> torch.Tensor:
+    """Logits of every text, (texts, labels), from those of every row of the split, (rows, labels).
+
+    z = (1 / n) sum over i of z_i for a text in n windows with the logits z_i; without windows, rows are texts. Close to
+    the mean of the windows' vectors of Sun et al. 2019, section 5.3.1, but behind the head, which sees single windows.
+    """
+    if split.texts is None:
+        return logits
+    texts = torch.from_numpy(split.texts)
+    sums = logits.new_zeros(len(split.labels), logits.shape[1]).index_add(0, texts, logits)
+    return sums / torch.bincount(texts)[:, None]
 
 
 def check_finite(logits: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data.assets import Checkpoint, fetch_checkpoint, sha256_of
 from data.augmentation import augment_texts, check_texts
-from data.batching import WIDTH_MULTIPLE, Batch, EncodedSplit, encode_split, training_batches
+from data.batching import WIDTH_MULTIPLE, Batch, EncodedSplit, describe_long, encode_split, training_batches
 from data.sources import LabelledText, Split, load_source
 from lora.config import MethodConfig
 from lora.quantized import quantize
@@ -139,7 +139,8 @@ def load_inputs(config: RunConfig, world: World) -> Inputs:
             f"data.max_length is {config.data.max_length}{f', with {virtual} virtual tokens' if virtual else ''}, but "
             f"the checkpoint has positions for {model_config.max_length} tokens; lower it"
         )
-    tokenizer = TextTokenizer.from_directory(checkpoint.directory, config.data.max_length)
+    windows = config.data.windows, config.data.window_overlap
+    tokenizer = TextTokenizer.from_directory(checkpoint.directory, config.data.max_length, *windows)
     tokenizer.check_fits(model_config, checkpoint.directory)
     if augmentation.n_aug and augmentation.kind == "mlm" and ("lm_head" not in head or tokenizer.mask_token_id is None):
         raise ConfigError(
@@ -151,15 +152,14 @@ def load_inputs(config: RunConfig, world: World) -> Inputs:
         name: encode_split(getattr(text, name), tokenizer, description=f"tokenizing {name}")
         for name in ("train", "validation", "test")
     }
-    truncated = sum(split.truncated for split in splits.values())
-    say(f"            {truncated:,} texts are longer than {config.data.max_length} tokens and are truncated")
+    say(f"            {describe_long([*splits.values()], tokenizer)}")
     if unknown := sum(int((split.input_ids == tokenizer.unk_token_id).sum()) for split in splits.values()):
         total = sum(len(split.input_ids) for split in splits.values())
         say(f"            {unknown:,} of {total:,} tokens are unknown to the tokenizer")
     if augmentation.n_aug and augmentation.kind == "mlm":
         check_words(splits["train"], tokenizer.entries, text.origin)
-    texts = (1 + augmentation.n_aug) * len(text.train.labels)
-    batches = -(-texts // settings.batch_size)
+    rows = (1 + augmentation.n_aug) * len(splits["train"].lengths)
+    batches = -(-rows // settings.batch_size)
     steps_per_epoch = -(-batches // settings.accumulation_steps)
     return Inputs(text, checkpoint, model_config, tokenizer, splits, new_head, steps_per_epoch)
 
@@ -213,7 +213,7 @@ def epoch_batches(
     if settings.class_weights == "balanced":
         from sklearn.utils.class_weight import compute_sample_weight  # slow to import
 
-        split = dataclasses.replace(split, weights=compute_sample_weight("balanced", split.labels))
+        split = split.weighted(compute_sample_weight("balanced", split.labels))
     return training_batches(
         split,
         settings.batch_size,

@@ -99,6 +99,11 @@ def test_all_rows_of_a_file_are_test_texts_and_the_settings_of_a_toml_file_count
     load_other(str(tmp_path / "other.toml"), DataConfig())
     with pytest.raises(ConfigError, match=r"other.toml: data.max_length has no effect with --on"):
         load_other(str(tmp_path / "other.toml"), DataConfig(max_length=17))
+    (tmp_path / "other.toml").write_text(f'[data]\nsource = "{file}"\nwindows = 2\nwindow_overlap = 9\n')
+    load_other(str(tmp_path / "other.toml"), DataConfig(windows=2, window_overlap=9))
+    for applied, name in ((DataConfig(), "windows"), (DataConfig(windows=2), "window_overlap")):
+        with pytest.raises(ConfigError, match=f"other.toml: data.{name} has no effect with --on"):
+            load_other(str(tmp_path / "other.toml"), applied)
     with pytest.raises(DataError, match="choose ag_news"):
         load_other("no-such-source", DataConfig())
 
