@@ -22,11 +22,9 @@ from cpu import speed_up
 from data.batching import Batch, evaluation_batches
 from lora.adalora import allocate_ranks, orthogonality_penalty
 from lora.inject import drop_encoders, inject_lora
-from lora.peft_format import load_adapter, save_adapter
+from lora.peft_format import load_adapter
 from training.adamw8bit import AdamW8bit
-from training.calibration import write_temperature
 from training.checkpoint import TrainState
-from training.classes import write_names
 from training.command_line import run_command
 from training.config import RunConfig, TrainConfig, parse_command_line
 from training.distributed import ALONE, World, join
@@ -36,6 +34,7 @@ from training.recorder import Recorder
 from training.scoring import Scores, mean_of_windows, predict, r_drop_losses, score, text_losses
 from training.setup import Inputs, epoch_batches, load_base, load_inputs, recompute_activations, set_up_process
 from training.tmix import mixing, tmix_losses
+from training.unlabelled import PseudoLabels
 
 
 def train_step(
@@ -49,19 +48,23 @@ def train_step(
     world: World = ALONE,
     r_drop: float = 0.0,
     tmix: float = 0.0,
+    pseudo_labels: PseudoLabels | None = None,
 ) -> Tensor:
     """One optimizer step on `batches`, which count as one large batch (gradient accumulation).
 
-        loss = sum over all texts of w L(logits, labels) / sum over all texts of w
+        loss = sum over all texts of w L(logits, labels) / sum over labelled texts of w
 
     L is the text's loss (`text_losses`; with R-Drop `r_drop_losses`, with TMix `tmix_losses`), w its weight: 1, or that
-    of its class (train.class_weights); AdaLoRA adds its penalty. Returns that loss in nats, a scalar still on the
-    device: reading it is the caller's decision, as it makes a GPU wait. With fp16 a step whose gradients overflow
-    changes nothing but the loss scale (Micikevicius et al. 2018). `max_grad_norm` = 0 leaves the gradients as they are.
+    of its class (train.class_weights). Unlabelled texts get label and weight from the model (`PseudoLabels`); AdaLoRA
+    adds its penalty. Returns that loss in nats, a scalar still on the device: reading it is the caller's decision, as
+    it makes a GPU wait. With fp16 a step whose gradients overflow changes nothing but the loss scale (Micikevicius et
+    al. 2018). `max_grad_norm` = 0 leaves the gradients as they are.
     Of several processes each holds some of the texts, and all make the same step.
     """
     total_weight = sum(batch.total_weight for batch in batches)  # over all processes; the number of texts if w = 1
     step_loss = torch.zeros((), device=compute.device)
+    if pseudo_labels is not None:
+        batches = [*batches, *pseudo_labels.label(model, batches, schedule.last_epoch, compute, world)]
     for batch in batches:
         input_ids = batch.input_ids.to(compute.device, non_blocking=True)
         attention_mask = batch.attention_mask.to(compute.device, non_blocking=True)
@@ -74,7 +77,7 @@ def train_step(
                 losses = tmix_losses(logits, labels, mix) if mix else text_losses(logits, labels)  # (batch,)
             # Divided by the weights of all batches: each text counts as in one large batch, also in a shorter last one.
             loss = (batch.weights.to(losses, non_blocking=True) * losses).sum() / total_weight
-        loss = loss + orthogonality_penalty(model, batch.weights.sum().item() / total_weight)  # AdaLoRA alone
+        loss = loss + orthogonality_penalty(model, share=1 / (len(batches) * world.size))  # AdaLoRA alone
         scaler.scale(loss).backward()  # adds to .grad
         step_loss = step_loss + loss.detach()
 
@@ -138,6 +141,7 @@ def train_epoch(
     settings: TrainConfig,
     recorder: Recorder,
     world: World = ALONE,
+    pseudo_labels: PseudoLabels | None = None,
 ) -> None:
     """One `train_step` for each `accumulation_steps` batches; ends early if the recorder is interrupted."""
     model.train()
@@ -145,8 +149,8 @@ def train_epoch(
     while group := list(islice(remaining, settings.accumulation_steps)):
         world.seed(settings.seed, recorder.state.step)  # of several processes each draws its own dropout masks
         learning_rate = float(schedule.get_last_lr()[0])
-        clip, r_drop, tmix = settings.max_grad_norm, settings.r_drop, settings.tmix
-        loss = train_step(model, group, optimizer, schedule, scaler, compute, clip, world, r_drop, tmix)
+        values = settings.max_grad_norm, world, settings.r_drop, settings.tmix, pseudo_labels
+        loss = train_step(model, group, optimizer, schedule, scaler, compute, *values)
         recorder.record_step(loss, learning_rate, group)
         if recorder.interrupted:
             return
@@ -172,20 +176,6 @@ def is_better(scores: Scores, best: Scores | None) -> bool:
 def out_of_patience(state: TrainState, patience: int) -> bool:
     """Whether the last `patience` epochs brought no better validation scores; never with a patience of 0."""
     return patience > 0 and state.epoch - 1 - state.best_epoch >= patience
-
-
-def save_run_adapter(model: nn.Module, inputs: Inputs, recorder: Recorder, logits: Tensor | None = None) -> None:
-    """Write adapter, tokenizer, class names and, from validation `logits`, the temperature. Only process 0 writes."""
-    if recorder.world.is_main:
-        # A new head is not in the base checkpoint: it is saved completely, also where it is only partly trained.
-        also = ("classifier",) if inputs.new_head else ()
-        folder = recorder.folder.adapter
-        save_adapter(model, folder, base_model=inputs.checkpoint.name, task_type="SEQ_CLS", also=also)
-        inputs.tokenizer.save(folder)
-        inputs.model_config.save(folder)
-        write_names(recorder.folder.adapter_labels, inputs.text.label_names)
-        if logits is not None:
-            write_temperature(folder, logits, inputs.splits["validation"].labels)
 
 
 def train(config: RunConfig, world: World = ALONE) -> int:
@@ -215,7 +205,9 @@ def train(config: RunConfig, world: World = ALONE) -> int:
     optimizer = make_optimizer(model, settings)
     schedule = make_schedule(optimizer, total_steps, round(settings.warmup_fraction * total_steps))
     scaler = compute.grad_scaler()
-    state = recorder.start(inputs, compute, model, optimizer, schedule, scaler)  # new, or as a checkpoint holds it
+    pseudo_labels = PseudoLabels(config.unlabelled, total_steps) if config.unlabelled else None
+    # New, or as a checkpoint holds it.
+    state = recorder.start(inputs, compute, model, optimizer, schedule, scaler, pseudo_labels)
 
     with recorder:
         while state.epoch <= settings.epochs:
@@ -225,20 +217,22 @@ def train(config: RunConfig, world: World = ALONE) -> int:
             skip = state.step_of_epoch * settings.accumulation_steps  # trained on before the run was interrupted
             batches = epoch_batches(inputs, config, state.epoch, skip, compute, world)
             recorder.begin_epoch()
-            train_epoch(train_model, batches, optimizer, schedule, scaler, compute, settings, recorder, world)
+            train_epoch(
+                train_model, batches, optimizer, schedule, scaler, compute, settings, recorder, world, pseudo_labels
+            )
             if recorder.interrupted:
                 break
             validation, logits = evaluate_split(model, inputs, "validation", config, compute, world)
             if is_better(validation, state.best):
                 state.best, state.best_epoch = validation, state.epoch
-                save_run_adapter(model, inputs, recorder, logits)
+                recorder.save_adapter(logits)
             recorder.end_epoch(validation)
             if recorder.interrupted:
                 break
 
     if recorder.interrupted:
         if state.best is None:  # no epoch was completed: the current adapter is better than none
-            save_run_adapter(model, inputs, recorder)
+            recorder.save_adapter()
         return recorder.finish(test=None, logits=None, test_seconds=0.0)
     drop_encoders(model)  # P-tuning's and prefix tuning's: the adapter on disk holds what they computed
     if world.is_main:

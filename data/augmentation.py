@@ -172,7 +172,7 @@ def augment_texts(
     return new_texts, [label for label in labels for _ in range(1 + config.n_aug)]
 
 
-def check_texts(texts: Sequence[str], origin: str, kind: str) -> None:
+def check_texts(texts: Sequence[str], origin: str, kind: str, fix: str = "set data.augmentation.n_aug = 0") -> None:
     """Raise DataError if most texts can't be augmented: not in Latin script for EDA, of a single word for AEDA."""
     if kind == "eda":
         unsuited = [text for text in texts if 2 * len(_LATIN_LETTER.findall(text)) < len(_LETTER.findall(text))]
@@ -182,8 +182,8 @@ def check_texts(texts: Sequence[str], origin: str, kind: str) -> None:
         problem, reason = "have no space", "AEDA needs words"
     if 2 * len(unsuited) > len(texts):
         raise DataError(
-            f"{origin}: {len(unsuited):,} of {len(texts):,} training texts {problem} (the first: "
-            f"{unsuited[0][:30]!r}), but {reason}; set data.augmentation.n_aug = 0"
+            f"{origin}: {len(unsuited):,} of {len(texts):,} texts {problem} (the first: "
+            f"{unsuited[0][:30]!r}), but {reason}; {fix}"
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -31,6 +31,7 @@ _BATCHES_PER_BUCKET = 50
 WIDTH_MULTIPLE = 4
 
 Padding = Literal["longest", "max_length"]
+_Collate = Callable[[Any], "Batch"]
 
 
 class Tokenizer(Protocol):
@@ -103,11 +104,15 @@ class Batch:
     """Number of real tokens of the batch, over all processes; on the CPU, so that reading it synchronizes nothing."""
     total_weight: float
     """Sum of the weights of the batch, over all processes."""
+    unlabelled: Batch | None = None
+    """Texts without labels that belong to the same step."""
+    changed: Batch | None = None
+    """The same texts, changed: row for row those of `unlabelled`."""
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from which a GPU copies asynchronously."""
-        tensors = (self.input_ids, self.attention_mask, self.labels, self.weights, self.indices)
-        return Batch(*(tensor.pin_memory() for tensor in tensors), self.tokens, self.total_weight)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Batch(**{name: x.pin_memory() if isinstance(x, Tensor | Batch) else x for name, x in values.items()})
 
 
 def encode_split(split: Split, tokenizer: Tokenizer, description: str = "tokenizing") -> EncodedSplit:
@@ -160,14 +165,28 @@ def joined(splits: Sequence[EncodedSplit]) -> EncodedSplit:
     )
 
 
-def bucketed_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+@dataclass(frozen=True)
+class Unlabelled:
+    """Texts without labels for the batches of an epoch."""
+
+    split: EncodedSplit
+    """The texts; their labels are not read."""
+    changed: EncodedSplit
+    """Row for row the same texts, changed."""
+    ratio: int
+    """Number of these texts per labelled text of a batch."""
+
+
+def bucketed_batches(
+    lengths: np.ndarray, batch_size: int, seed: int, epoch: int, repetition: int = 0
+) -> list[np.ndarray]:
     """Row numbers of each batch of an epoch: every row exactly once, rows of a batch of similar length.
 
     Rows are shuffled and cut into buckets of 50 batches; each bucket is sorted by length and cut into batches, and all
-    batches are shuffled. The result depends on (seed, epoch) alone. One batch, at any position, may be smaller than
-    `batch_size`.
+    batches are shuffled. The result depends on (seed, epoch, repetition) alone. One batch, at any position, may be
+    smaller than `batch_size`.
     """
-    random = np.random.default_rng((seed, epoch))
+    random = np.random.default_rng((seed, epoch, repetition))
     rows = random.permutation(len(lengths))
     batches = []
     for start in range(0, len(rows), batch_size * _BATCHES_PER_BUCKET):
@@ -215,8 +234,21 @@ def collate(
     )
 
 
-def _loader(split: EncodedSplit, rows: list[np.ndarray], device: torch.device, **options: Any) -> Iterable[Batch]:
-    """`collate(split, rows[i], **options)` for each i.
+def _repeated(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, number: int) -> list[np.ndarray]:
+    """Row numbers of `number` batches: the rows again and again, in another order each time."""
+    passes = (bucketed_batches(lengths, batch_size, seed, epoch, repetition) for repetition in itertools.count())
+    return [*itertools.islice(itertools.chain.from_iterable(passes), number)]
+
+
+def _collate_all(labelled: _Collate, unlabelled: _Collate, changed: _Collate, rows: tuple[Any, Any]) -> Batch:
+    """The batch of the labelled rows, with the unlabelled rows and their changed copies."""
+    batch, texts, copies = labelled(rows[0]), unlabelled(rows[1]), changed(rows[1])
+    tokens = batch.tokens + texts.tokens + copies.tokens
+    return dataclasses.replace(batch, unlabelled=texts, changed=copies, tokens=tokens)
+
+
+def _loader(collated: _Collate, rows: list[Any], device: torch.device) -> Iterable[Batch]:
+    """`collated(rows[i])` for each i.
 
     On a GPU, worker processes collate ahead of it into pinned memory; on a CPU they would take its cores.
     """
@@ -224,7 +256,7 @@ def _loader(split: EncodedSplit, rows: list[np.ndarray], device: torch.device, *
     return DataLoader(
         rows,
         batch_size=None,
-        collate_fn=functools.partial(collate, split, **options),
+        collate_fn=collated,
         num_workers=2 if on_gpu else 0,
         pin_memory=on_gpu,
         # Each iteration over a loader draws a seed for its workers. Drawn from the default generator, it would shift
@@ -244,16 +276,26 @@ def training_batches(
     skip: int = 0,
     share: slice = slice(None),
     multiple_of: int = WIDTH_MULTIPLE,
+    unlabelled: Unlabelled | None = None,
 ) -> Iterable[Batch]:
     """The batches of one epoch as `bucketed_batches` orders them, without the first `skip`: a resumed run has trained
     on those.
 
     Each batch holds only the rows of `share`, such as rows 1, 4, 7, ... for `slice(1, None, 3)`; other processes hold
     the rest. Padding is that of `collate`.
+
+    With `unlabelled` texts, each batch has `ratio` times `batch_size` of them. An epoch then has every text, labelled
+    or not, at least once: what needs fewer batches is repeated, in another order each time.
     """
-    rows = bucketed_batches(split.lengths, batch_size, seed, epoch)[skip:]
     options = {"pad_token_id": pad_token_id, "padding": padding, "share": share, "multiple_of": multiple_of}
-    return _loader(split, rows, device, **options)
+    collated: _Collate = functools.partial(collate, split, **options)
+    if unlabelled is None:
+        return _loader(collated, bucketed_batches(split.lengths, batch_size, seed, epoch)[skip:], device)
+    both = ((split.lengths, batch_size), (unlabelled.split.lengths, unlabelled.ratio * batch_size))
+    number = max(-(-len(lengths) // size) for lengths, size in both)
+    rows = [*zip(*(_repeated(lengths, size, seed, epoch, number) for lengths, size in both), strict=True)]
+    parts = (functools.partial(collate, each, **options) for each in (unlabelled.split, unlabelled.changed))
+    return _loader(functools.partial(_collate_all, collated, *parts), rows[skip:], device)
 
 
 def evaluation_batches(
@@ -270,4 +312,5 @@ def evaluation_batches(
     """
     order = np.argsort(split.lengths, kind="stable")
     rows = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][share]
-    return _loader(split, rows, device, pad_token_id=pad_token_id, padding=padding, multiple_of=WIDTH_MULTIPLE)
+    collated = functools.partial(collate, split, pad_token_id=pad_token_id, padding=padding, multiple_of=WIDTH_MULTIPLE)
+    return _loader(collated, rows, device)

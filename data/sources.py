@@ -13,7 +13,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -135,6 +135,8 @@ class LabelledText:
     """Where it came from, for display."""
     notes: tuple[str, ...] = ()
     """What the reader decided or noticed, one line each."""
+    unlabelled: tuple[str, ...] = ()
+    """Training texts without labels: those that `train_rows` leaves out, or others."""
 
     def class_counts(self) -> str:
         """Training texts per class, the largest class first: "good: 16, bad: 15"."""
@@ -158,13 +160,15 @@ class LabelledText:
             for text, label in zip(split.texts, split.labels, strict=True):
                 digest.update(f"{label} {len(text)} {text}".encode("utf-8", "surrogatepass"))
             digest.update(b"end of split")
+        for text in self.unlabelled:
+            digest.update(f"{len(text)} {text}".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
     def cleaned(self, config: CleaningConfig) -> LabelledText:
         """The same data set with every text cleaned."""
         clean = make_cleaner(config)
         splits = (Split([*map(clean, split.texts)], split.labels) for split in (self.train, self.validation, self.test))
-        return LabelledText(*splits, self.label_names, self.origin, self.notes)
+        return LabelledText(*splits, self.label_names, self.origin, self.notes, tuple(map(clean, self.unlabelled)))
 
     def relabelled(self, names: tuple[str, ...]) -> LabelledText:
         """The same data set with its classes in the order of `names`, a permutation of its own."""
@@ -364,6 +368,23 @@ def read_unlabelled(
     return [row.label for row in rows], [row.text for row in rows], found.notes
 
 
+def read_without_labels(path: Path, config: DataConfig, label_names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Texts of a file whose labels, if it has any, are not used, and what the reader decided or noticed.
+
+    Raises DataError as `load_source` does, also for a label that is none of `label_names`: it is another data set.
+    """
+    texts, found, column = [], Found(), config.label_column
+    for where, row in read_rows(path, config.text_columns, config.encoding, found):
+        texts.append(_Row(_file_text(row, config.text_columns, where), "none", where).text)
+        label = _file_label(row, column, where, found.class_names.get(column, ())) if column in row else ""
+        if label and label not in label_names:
+            raise DataError(
+                f"{where}: unlabelled texts with the label {label!r}, which is none of {listed(label_names)}: another "
+                f"data set? Name the right file, or remove its column {column!r}"
+            )
+    return texts, found.notes
+
+
 def _is_gap(value: Any) -> bool:
     """Whether a value is missing: None or NaN, the only value unequal to itself."""
     return value is None or value != value
@@ -476,11 +497,12 @@ def _assemble(
         train_split, validation_split = _hold_out(train_split, config.validation_fraction, seed, origin)
     else:
         validation_split = split(validation)
+    rest = Split([], [])
     if config.train_rows is not None:
         if config.train_rows > len(train_split.labels):
             raise DataError(f"data.train_rows is {config.train_rows}, but {origin} has {len(train_split.labels)}")
         if config.train_rows < len(train_split.labels):
-            _, train_split = _take_out(train_split, config.train_rows, seed, origin)
+            rest, train_split = _take_out(train_split, config.train_rows, seed, origin)
     known: set[str] = set()
     for name, texts, before in (
         ("validation", validation_split.texts, train_split.texts),
@@ -490,7 +512,7 @@ def _assemble(
         if shared := sum(text in known for text in texts):
             what = "training" if name == "validation" else "training or validation"
             notes = (*notes, f"{shared:,} of the {len(texts):,} {name} texts are also {what} texts")
-    return LabelledText(train_split, validation_split, test_split, names, origin, tuple(notes))
+    return LabelledText(train_split, validation_split, test_split, names, origin, tuple(notes), tuple(rest.texts))
 
 
 def folded(name: str) -> str:

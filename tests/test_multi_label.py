@@ -157,6 +157,9 @@ def test_class_weights_and_data_of_the_other_kind_are_refused(command, trained, 
     config, folder = trained
     code, _, err = command("train", config, "--output", tmp_path / "weighted", "--train.class-weights", "balanced")
     assert code == EXIT_BAD_INPUT and "train.class_weights" in err and not (tmp_path / "weighted").exists()
+    (tmp_path / "unlabelled.toml").write_text(config.read_text() + "[unlabelled]\n")
+    code, _, err = command("train", tmp_path / "unlabelled.toml", "--output", tmp_path / "unlabelled")
+    assert code == EXIT_BAD_INPUT and "[unlabelled] needs one class per text" in err
     code, _, err = command("evaluate", folder / "adapter", "--config", tiny_config)
     assert code == EXIT_BAD_INPUT and "multi-label" in err and err.count("\n") == 1
 

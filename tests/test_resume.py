@@ -1,10 +1,10 @@
 """Exact resume: a run killed anywhere and resumed ends with the bits of a run never interrupted.
 
 The runs here have everything on that could make a difference: dropout, EDA, accumulation, a short last batch, early
-stopping, AdaLoRA's pruning, P-tuning's network, a base in 4 bits, moments in 8, recomputed activations. They are
-short: 5 steps in each of 3 epochs, of which the last brings nothing better. A killed run is a real process, a fork of
-this one, that gets SIGKILL before its k-th event: an optimizer step, a batch of an evaluation, a logged line, a flush
-or a rename of a file.
+stopping, unlabelled texts, AdaLoRA's pruning, P-tuning's network, a base in 4 bits, moments in 8, recomputed
+activations. They are short: 5 steps in each of 3 epochs, of which the last brings nothing better. A killed run is a
+real process, a fork of this one, that gets SIGKILL before its k-th event: an optimizer step, a batch of an evaluation,
+a logged line, a flush or a rename of a file.
 """
 
 import copy
@@ -61,6 +61,7 @@ def no_pages():
 def run_config(one_thread, no_pages, tiny_checkpoint, tmp_path_factory):
     """Settings of the runs; a first one has imported and read what every fork would import and read again."""
     config = write_tiny_config(tiny_checkpoint, write_tiny_data(tmp_path_factory.mktemp("resume")), more=True)
+    config.write_text(f'{config.read_text()}[unlabelled]\nmethod = "softmatch"\nratio = 1\nweight = 0.5\n')
     arguments = [config, *RESUMED, "--output", config.with_name("first"), "--train.epochs", 1]
     assert train(parse_command_line([str(one) for one in arguments])) == 0
     return config

@@ -98,7 +98,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(run, tiny_con
 
 
 def test_the_adapter_kept_and_tested_is_the_best_one_not_the_last(run, tiny_config, tiny_data, monkeypatch):
-    real_score, real_save = train_module.score, train_module.save_adapter
+    real_score, real_save = train_module.score, recorder.save_adapter
     accuracies, saved = iter([0.9, 0.5, 0.4]), []
 
     def score(logits, labels, names):
@@ -118,7 +118,7 @@ def test_the_adapter_kept_and_tested_is_the_best_one_not_the_last(run, tiny_conf
 
     loaded = []
     monkeypatch.setattr(train_module, "score", score)
-    monkeypatch.setattr(train_module, "save_adapter", save)
+    monkeypatch.setattr(recorder, "save_adapter", save)
     monkeypatch.setattr(train_module, "load_adapter", load)
     run(tiny_config, "--train.epochs", 3, "--train.patience", 0)
     report = json.loads((tiny_data / "run" / "report.json").read_text())
@@ -289,7 +289,7 @@ def test_a_full_disk_is_a_one_line_error(run, tiny_config, monkeypatch):
     def full(*_arguments, **_options):
         raise OSError(28, "No space left on device", "adapter_model.safetensors")
 
-    monkeypatch.setattr(train_module, "save_adapter", full)
+    monkeypatch.setattr(recorder, "save_adapter", full)
     assert "adapter_model.safetensors: can't be written, the disk is full" in refused(run, tiny_config)
 
 
@@ -297,7 +297,7 @@ def test_a_real_write_error_is_one_line_and_leaves_no_partial_file(run, tiny_con
     """No file of the run may grow beyond 5 kB, as on a full disk: the adapter does not fit, the settings do."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    real = train_module.save_adapter
+    real = recorder.save_adapter
 
     def limited(*arguments, **options):
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
@@ -306,7 +306,7 @@ def test_a_real_write_error_is_one_line_and_leaves_no_partial_file(run, tiny_con
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    monkeypatch.setattr(train_module, "save_adapter", limited)
+    monkeypatch.setattr(recorder, "save_adapter", limited)
     assert "adapter_model.safetensors: can't be written, File too large" in refused(run, tiny_config)
     assert list((tiny_data / "run" / "adapter").iterdir()) == []
 
@@ -526,6 +526,40 @@ def test_tmix_mixes_each_batch_and_needs_two_texts(run, tiny_config, tiny_data, 
     assert code == EXIT_BAD_INPUT and "train.tmix mixes texts of a batch" in err and err.count("\n") == 1
     code, _, err = run(tiny_config, *options, "--train.r-drop", 1, "--overwrite")
     assert code == EXIT_BAD_INPUT and "train.tmix and train.r_drop exclude" in err and err.count("\n") == 1
+
+
+def test_unlabelled_texts_are_the_rest_or_a_file_and_learn_from_changed_copies(
+    run, tiny_config, tiny_data, monkeypatch
+):
+    real, seen = train_module.train_step, []
+    monkeypatch.setattr(train_module, "train_step", lambda *values: seen.append(values[1]) or real(*values))
+    tiny_config.write_text(tiny_config.read_text() + "[unlabelled]\nratio = 2\n")
+    few = ("--data.train-rows", 20, "--train.epochs", 1, "--overwrite")
+    code, out, err = run(tiny_config, *few)
+    assert code == 0 and "66 unlabelled texts, 2 per labelled text of a batch" in out, err
+    assert len(seen) == 5 and sum(len(group[0].unlabelled.labels) for group in seen) == 66
+    assert not torch.equal(seen[0][0].unlabelled.input_ids, seen[0][0].changed.input_ids)
+
+    file = tiny_data / "other.csv"
+    file.write_text("text,label\na rainy day,\nprofit in oil,business\n", encoding="utf-8")
+    seen.clear()
+    code, out, err = run(tiny_config, *few, "--unlabelled.source", file, "--unlabelled.method", "pseudo_label")
+    assert code == 0 and "            2 unlabelled texts" in out and len(seen) == 3, err
+    assert torch.equal(seen[0][0].unlabelled.input_ids, seen[0][0].changed.input_ids)
+
+    (tiny_data / "foreign.csv").write_text("text,label\nгол,business\nматч,sports\n", encoding="utf-8")
+    (tiny_data / "labels.csv").write_text("text,label\na film,cinema\n", encoding="utf-8")
+    for options, says in (
+        (few[2:], 'unlabelled.source is "rest", but no training rows are left out'),
+        ((*few, "--unlabelled.source", tiny_data / "none.csv"), "none.csv: "),
+        ((*few, "--unlabelled.source", tiny_data / "foreign.csv"), "foreign.csv: 2 of 2 texts are not in Latin script"),
+        (
+            (*few, "--unlabelled.source", tiny_data / "labels.csv"),
+            "row 2: unlabelled texts with the label 'cinema', which",
+        ),
+    ):
+        code, _, err = run(tiny_config, *options)
+        assert code == EXIT_BAD_INPUT and says in err and err.count("\n") == 1, err
 
 
 def test_eda_on_another_script_is_refused(run, tiny_config, tiny_data):

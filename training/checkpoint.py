@@ -56,6 +56,8 @@ class TrainState:
     """Learning rate and loss of each step since the last logged line."""
     tokens: int = 0
     """Real tokens since the last logged line."""
+    averages: dict[str, Any] = field(default_factory=dict)
+    """Those of `PseudoLabels`, for unlabelled texts."""
     best: Scores | None = None
     """Validation scores of the best epoch so far."""
     best_epoch: int = 0

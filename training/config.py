@@ -138,6 +138,50 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class UnlabelledConfig:
+    """Texts without labels, and how the model learns from them (training/unlabelled.py)."""
+
+    source: str = "rest"
+    """rest: the training rows that data.train_rows leaves out; or a file of texts, read like the training file."""
+    method: Literal["pseudo_label", "fixmatch", "adamatch", "softmatch"] = "adamatch"
+    """How a text gets its label and its weight."""
+    ratio: int = 7
+    """Unlabelled texts per labelled text of a batch."""
+    weight: float = 1.0
+    """Weight of their mean loss in the loss of a step."""
+    ramp: float = 0.5
+    """Share of all steps in which that weight rises from 0, along half a cosine; 0 for the full weight at once."""
+    threshold: float | None = None
+    """Probability from which a text counts: 0.95 unless given; adamatch: as a share of that of labelled texts, 0.9."""
+    momentum: float = 0.99
+    """Of the moving averages of adamatch and softmatch."""
+    alpha: float = 0.1
+    """EDA's alpha for the changed copies; pseudo_label makes none."""
+
+    @property
+    def cutoff(self) -> float:
+        """The threshold, or its default."""
+        return self.threshold if self.threshold is not None else 0.9 if self.method == "adamatch" else 0.95
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("threshold", 0, 1), ("momentum", 0, 1), ("ramp", 0, 1), ("alpha", 0, 0.99)):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ConfigError(f"unlabelled.{name} is {value!r}; it must be in [{low}, {high}]")
+        for name in ("ratio", "weight"):
+            if not 0 < getattr(self, name) < 2**32:
+                raise ConfigError(f"unlabelled.{name} is {getattr(self, name)!r}; it must be above 0")
+        unused = {
+            "threshold": self.method == "softmatch",
+            "momentum": self.method in ("pseudo_label", "fixmatch"),
+            "alpha": self.method == "pseudo_label",
+        }
+        for name in (name for name, has_no in unused.items() if has_no):
+            if getattr(self, name) != getattr(UnlabelledConfig, name):
+                raise ConfigError(f"unlabelled.{name} has no effect with {self.method}; remove it")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """All settings of a run."""
 
@@ -161,6 +205,8 @@ class RunConfig:
     p_tuning: PTuningConfig | None = None
     prefix_tuning: PrefixTuningConfig | None = None
     data: DataConfig = field(default_factory=DataConfig)
+    unlabelled: UnlabelledConfig | None = None
+    """Without this table, labelled texts alone."""
     train: TrainConfig = field(default_factory=TrainConfig)
 
     @property
@@ -175,14 +221,16 @@ class RunConfig:
             raise ConfigError(
                 f"train.lora_plus_ratio is {self.train.lora_plus_ratio:g}, but there is no [lora]; add it"
             )
+        if self.unlabelled is not None and self.data.windows > 1:
+            raise ConfigError("data.windows and [unlabelled] exclude each other; set data.windows = 1")
         for name in ("hidden_dropout", "attention_dropout", "classifier_dropout"):
             value = getattr(self.model, name)
             if value is not None and not 0 <= value < 1:
                 raise ConfigError(f"model.{name} is {value!r}; it is a probability in [0, 1)")
 
 
-_SECTIONS = (RunConfig, ModelConfig, DataConfig, CleaningConfig, AugmentationConfig, TrainConfig, *METHODS.values())
-for _section in _SECTIONS:
+_SECTIONS = (RunConfig, ModelConfig, DataConfig, CleaningConfig, AugmentationConfig, TrainConfig, UnlabelledConfig)
+for _section in (*_SECTIONS, *METHODS.values()):
     _section.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # an unknown field is an error
 _VALIDATOR = pydantic.TypeAdapter(RunConfig)
 

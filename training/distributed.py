@@ -119,11 +119,11 @@ class World:
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.steps)
         return tuple(largest.tolist())
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of a CPU tensor over all processes, in place, with the long timeout."""
+    def sum(self, tensor: Tensor, in_step: bool = False) -> Tensor:
+        """The sum of a tensor over all processes, in place, with the long timeout unless it is part of a step."""
         if self.size > 1:
             with _detect_lost():
-                dist.all_reduce(tensor)
+                dist.all_reduce(tensor, group=self.steps if in_step else None)
         return tensor
 
     def wait(self) -> None:

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from data.batching import Batch
 from lora.inject import count_parameters
-from training.calibration import calibrate, read_temperature
+from lora.peft_format import save_adapter
+from training.calibration import calibrate, read_temperature, write_temperature
 from training.checkpoint import TrainState, check_fingerprints, load, restore, save
+from training.classes import write_names
 from training.config import RunConfig
 from training.distributed import World
 from training.errors import ConfigError
@@ -31,6 +33,7 @@ from training.report import build_report, peak_memory_bytes
 from training.run_folder import RunFolder, check_board
 from training.scoring import Scores, confident_mistakes
 from training.setup import Inputs
+from training.unlabelled import PseudoLabels
 
 
 class Recorder:
@@ -72,15 +75,16 @@ class Recorder:
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler,
         scaler: torch.amp.GradScaler,
+        pseudo_labels: PseudoLabels | None = None,
     ) -> TrainState:
-        """Make the run folder, or restore the newest checkpoint into model, optimizer, schedule and scaler.
+        """Make the run folder, or restore the newest checkpoint into model, optimizer, schedule, scaler, pseudo-labels.
 
         Returns the state of the loop. Raises ConfigError if a checkpoint does not belong to this run.
         """
         folder, settings, world = self.folder, self.config.train, self.world
         count = count_parameters(model)
         self._inputs, self._compute, self._count = inputs, compute, count
-        self._trained = model, optimizer, schedule, scaler
+        self._trained, self._pseudo_labels = (model, optimizer, schedule, scaler), pseudo_labels
         self._fingerprints = inputs.fingerprints()
         found = load(folder.checkpoints) if self._resuming else None
         if found is None:
@@ -91,6 +95,8 @@ class Recorder:
                 say(complaint)
             check_fingerprints(values["fingerprints"], self._fingerprints)
             self.state = restore(values, tensors, *self._trained)
+            if pseudo_labels:
+                pseudo_labels.load_state(self.state.averages, compute.device)
             folder.cut_metrics(self.state.metrics_bytes)
             say(f"resumed     epoch {self.state.epoch}, after step {self.state.step}")
         if settings.tensorboard:
@@ -191,6 +197,19 @@ class Recorder:
         self._save_checkpoint()
         (self.interrupted,) = self.world.all_reduce_max(self._signal)  # maybe received during the evaluation
 
+    def save_adapter(self, logits: Tensor | None = None) -> None:
+        """Write adapter, tokenizer, class names and, from validation `logits`, the temperature."""
+        if self.world.is_main:
+            folder, inputs = self.folder.adapter, self._inputs
+            # A new head is not in the base checkpoint: it is saved completely, also where it is only partly trained.
+            also = ("classifier",) if inputs.new_head else ()
+            save_adapter(self._trained[0], folder, base_model=inputs.checkpoint.name, task_type="SEQ_CLS", also=also)
+            inputs.tokenizer.save(folder)
+            inputs.model_config.save(folder)
+            write_names(self.folder.adapter_labels, inputs.text.label_names)
+            if logits is not None:
+                write_temperature(folder, logits, inputs.splits["validation"].labels)
+
     def _times(self) -> None:
         now = time.perf_counter()
         self.state.seconds = self._before[0] + now - self._started
@@ -199,6 +218,8 @@ class Recorder:
     def _save_checkpoint(self) -> None:
         state = self.state
         state.unread = [(rate, float(loss)) for rate, loss in self._unread]
+        if self._pseudo_labels:
+            state.averages = self._pseudo_labels.state()
         state.metrics_bytes = self.folder.metrics.stat().st_size if self.folder.metrics.is_file() else 0
         self._times()
         if self.world.is_main:

@@ -14,9 +14,17 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from data.assets import Checkpoint, fetch_checkpoint, sha256_of
-from data.augmentation import augment_texts, check_texts
-from data.batching import WIDTH_MULTIPLE, Batch, EncodedSplit, describe_long, encode_split, training_batches
-from data.sources import LabelledText, Split, load_source
+from data.augmentation import AugmentationConfig, augment_texts, check_texts
+from data.batching import (
+    WIDTH_MULTIPLE,
+    Batch,
+    EncodedSplit,
+    Unlabelled,
+    describe_long,
+    encode_split,
+    training_batches,
+)
+from data.sources import LabelledText, Split, load_source, read_without_labels
 from lora.config import MethodConfig
 from lora.quantized import quantize
 from roberta.config import RobertaConfig
@@ -61,7 +69,7 @@ class Inputs:
     model_config: RobertaConfig
     tokenizer: TextTokenizer
     splits: dict[str, EncodedSplit]
-    """Token ids of train, validation and test."""
+    """Token ids of train, validation and test; unlabelled ones have labels of 0 that are not read."""
     new_head: bool
     """Whether the head is newly initialized, not read from the checkpoint."""
     steps_per_epoch: int
@@ -83,7 +91,7 @@ def load_inputs(config: RunConfig, world: World) -> Inputs:
     """
     settings, augmentation = config.train, config.data.augmentation
     with world.main_first():
-        text = load_source(config.data, settings.seed).cleaned(config.data.cleaning)
+        text = _with_unlabelled(config, load_source(config.data, settings.seed)).cleaned(config.data.cleaning)
     multi_label = ", multi-label" if text.multi_label else ""
     say(f"data        {text.origin}")
     say(
@@ -94,6 +102,9 @@ def load_inputs(config: RunConfig, world: World) -> Inputs:
         raise ConfigError(
             'train.class_weights weights texts of one class each, and the data is multi-label; set "none"'
         )
+    if config.unlabelled is not None:
+        ratio = config.unlabelled.ratio
+        say(f"            {len(text.unlabelled):,} unlabelled texts, {ratio} per labelled text of a batch")
     for note in (f"training texts per class: {text.class_counts()}", *text.notes):
         say(f"            {note}")
     if augmentation.n_aug:
@@ -101,6 +112,10 @@ def load_inputs(config: RunConfig, world: World) -> Inputs:
             check_texts(text.train.texts, text.origin, augmentation.kind)
         alpha = f", alpha {augmentation.alpha:g}" if augmentation.kind != "aeda" else ""
         say(f"            {augmentation.kind.upper()}: {augmentation.n_aug} new texts of each training text{alpha}")
+
+    if config.unlabelled is not None and config.unlabelled.method != "pseudo_label":
+        where = text.origin if config.unlabelled.source == "rest" else config.unlabelled.source
+        check_texts(text.unlabelled, where, "eda", 'set unlabelled.method = "pseudo_label"')
 
     with world.main_first():
         checkpoint = fetch_checkpoint(config.model.checkpoint)
@@ -152,16 +167,40 @@ def load_inputs(config: RunConfig, world: World) -> Inputs:
         name: encode_split(getattr(text, name), tokenizer, description=f"tokenizing {name}")
         for name in ("train", "validation", "test")
     }
+    batches = -(-(1 + augmentation.n_aug) * len(splits["train"].lengths) // settings.batch_size)
+    if config.unlabelled is not None:
+        unlabelled = Split([*text.unlabelled], [0] * len(text.unlabelled))
+        splits["unlabelled"] = encode_split(unlabelled, tokenizer, description="tokenizing unlabelled texts")
+        batches = max(batches, -(-len(text.unlabelled) // (config.unlabelled.ratio * settings.batch_size)))
     say(f"            {describe_long([*splits.values()], tokenizer)}")
     if unknown := sum(int((split.input_ids == tokenizer.unk_token_id).sum()) for split in splits.values()):
         total = sum(len(split.input_ids) for split in splits.values())
         say(f"            {unknown:,} of {total:,} tokens are unknown to the tokenizer")
     if augmentation.n_aug and augmentation.kind == "mlm":
         check_words(splits["train"], tokenizer.entries, text.origin)
-    rows = (1 + augmentation.n_aug) * len(splits["train"].lengths)
-    batches = -(-rows // settings.batch_size)
     steps_per_epoch = -(-batches // settings.accumulation_steps)
     return Inputs(text, checkpoint, model_config, tokenizer, splits, new_head, steps_per_epoch)
+
+
+def _with_unlabelled(config: RunConfig, text: LabelledText) -> LabelledText:
+    """The data set with the unlabelled texts that the run uses, if any. Raises ConfigError or DataError."""
+    settings, texts, notes = config.unlabelled, text.unlabelled, list(text.notes)
+    if settings is None:
+        return dataclasses.replace(text, unlabelled=())
+    if text.multi_label:
+        raise ConfigError("[unlabelled] needs one class per text, and the data is multi-label; remove the table")
+    if settings.source != "rest":
+        texts, found = read_without_labels(Path(settings.source), config.data, text.label_names)
+        notes += found
+    if not texts:
+        raise ConfigError(
+            'unlabelled.source is "rest", but no training rows are left out; set data.train_rows, or name a file'
+        )
+    if shared := len({*texts} & {*text.validation.texts, *text.test.texts}):
+        notes.append(f"{shared:,} unlabelled texts are also validation or test texts")
+    if len(text.validation.labels) > len(text.train.labels):
+        notes.append("the validation split is larger than the training split: its labels, too, decide the result")
+    return dataclasses.replace(text, unlabelled=tuple(texts), notes=tuple(notes))
 
 
 def check_dropout(model: RobertaConfig, methods: Iterable[MethodConfig]) -> None:
@@ -198,7 +237,8 @@ def epoch_batches(
 ) -> Iterable[Batch]:
     """The training batches of an epoch without the first `skip`: shuffled again, texts of similar length together.
 
-    With augmentation, they hold the training texts and the new texts generated from them.
+    With augmentation, they hold the training texts and the new texts generated from them; with unlabelled texts, these
+    and their changed copies.
     """
     settings, split, augmentation = config.train, inputs.splits["train"], config.data.augmentation
     if augmentation.n_aug and augmentation.kind == "mlm":
@@ -214,6 +254,15 @@ def epoch_batches(
         from sklearn.utils.class_weight import compute_sample_weight  # slow to import
 
         split = split.weighted(compute_sample_weight("balanced", split.labels))
+    unlabelled = None
+    if config.unlabelled is not None:
+        changed = texts = inputs.splits["unlabelled"]
+        if config.unlabelled.method != "pseudo_label":
+            eda = AugmentationConfig(n_aug=1, alpha=config.unlabelled.alpha)
+            both, labels = augment_texts(inputs.text.unlabelled, texts.labels, eda, settings.seed, epoch)
+            copies = Split(both[1::2], labels[1::2])
+            changed = encode_split(copies, inputs.tokenizer, description="tokenizing changed texts")
+        unlabelled = Unlabelled(texts, changed, config.unlabelled.ratio)
     return training_batches(
         split,
         settings.batch_size,
@@ -225,4 +274,5 @@ def epoch_batches(
         skip,
         world.share,
         WIDTH_WHEN_COMPILED if settings.compile != "off" else WIDTH_MULTIPLE,
+        unlabelled,
     )

@@ -7,15 +7,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import batching
-from data.batching import EncodedSplit, bucketed_batches, collate, encode_split, evaluation_batches, training_batches
+from data.batching import (
+    EncodedSplit,
+    Unlabelled,
+    bucketed_batches,
+    collate,
+    encode_split,
+    evaluation_batches,
+    training_batches,
+)
 from data.sources import Split
 from roberta.tokenizer import TextTokenizer
 from tests.conftest import tiny_tokenizer
 
 
-def split_of(lengths):
+def split_of(lengths, first_id=5):
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return EncodedSplit(np.arange(offsets[-1], dtype=np.int32) + 5, offsets, np.arange(len(lengths)) % 3, 12, 0)
+    return EncodedSplit(np.arange(offsets[-1], dtype=np.int32) + first_id, offsets, np.arange(len(lengths)) % 3, 12, 0)
 
 
 @given(
@@ -95,6 +103,35 @@ def tokenizer():
 
 
 TEXTS = Split(["oil price", "the cup", "a goal in the match says the coach today"], [1, 0, 0])
+
+
+@pytest.mark.parametrize(("labelled", "unlabelled"), [(13, 60), (50, 30)])
+def test_unlabelled_texts_fill_the_batches_and_the_smaller_set_is_repeated_in_other_orders(labelled, unlabelled):
+    """Batches of 4 labelled texts and 8 others: an epoch has each text, and resumes anywhere with the same batches."""
+    first, others, changed = (
+        split_of(np.arange(rows) % 7 + 3, start) for rows, start in ((labelled, 5), (unlabelled, 6), (unlabelled, 7))
+    )
+    arguments = (first, 4, 1, 0, 3)
+    batches = [*training_batches(*arguments, unlabelled=Unlabelled(others, changed, 2))]
+    assert len(batches) == max(-(-labelled // 4), -(-unlabelled // 8))
+    for rows, size, found in (
+        (labelled, 4, [batch.indices for batch in batches]),
+        (unlabelled, 8, [batch.unlabelled.indices for batch in batches]),
+    ):
+        once = -(-rows // size)
+        assert sorted(torch.cat(found[:once]).tolist()) == [*range(rows)]
+        if once < len(found):  # repeated
+            again = torch.cat(found[once : 2 * once]).tolist()
+            assert len({*again}) == len(again) and again != torch.cat(found[:once]).tolist()[: len(again)]
+    for batch in batches:
+        assert torch.equal(batch.changed.indices, batch.unlabelled.indices)
+        assert batch.tokens == sum(int(one.attention_mask.sum()) for one in (batch, batch.unlabelled, batch.changed))
+        for one, split in ((batch.unlabelled, others), (batch.changed, changed)):
+            row = int(one.indices[0])
+            expected = split.input_ids[split.offsets[row] : split.offsets[row + 1]]
+            assert one.input_ids[0][one.attention_mask[0]].tolist() == expected.tolist()
+    rest = [*training_batches(*arguments, skip=2, unlabelled=Unlabelled(others, changed, 2))]
+    assert [b.changed.indices.tolist() for b in rest] == [b.changed.indices.tolist() for b in batches[2:]]
 
 
 def test_encoding_counts_truncated_texts(tokenizer):

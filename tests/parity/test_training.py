@@ -131,6 +131,8 @@ def test_twenty_steps_of_lora_plus_are_those_of_peft(tmp_path):
 class _Summed:
     """Processes that run one after the other: adds up what they would send."""
 
+    size = 1
+
     def __init__(self):
         self.gradients, self.loss = {}, 0.0
 

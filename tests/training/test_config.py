@@ -68,6 +68,12 @@ def test_written_settings_are_equal_when_read_again(toml, tmp_path):
         ("[train]\ntmix = nan", "train.tmix"),
         ("[train]\ntmix = 0.4\nr_drop = 1", "train.tmix and train.r_drop exclude each other; choose one"),
         ('[train]\ntmix = 0.4\ncompile = "on"', "train.tmix and train.compile exclude each other; choose one"),
+        ("[data]\nwindows = 2\n[unlabelled]\n", "data.windows and [unlabelled] exclude each other"),
+        ("[unlabelled]\nratio = 0", "unlabelled.ratio is 0; it must be above 0"),
+        ("[unlabelled]\nthreshold = 1.5", "unlabelled.threshold is 1.5; it must be in [0, 1]"),
+        ('[unlabelled]\nmethod = "mixmatch"', "unlabelled.method: Input should be 'pseudo_label', 'fixmatch', "),
+        ('[unlabelled]\nmethod = "softmatch"\nthreshold = 0.5', "unlabelled.threshold has no effect with softmatch"),
+        ('[unlabelled]\nmethod = "pseudo_label"\nalpha = 0.2', "unlabelled.alpha has no effect with pseudo_label"),
         ("[train]\nlora_plus_ratio = 0", "train.lora_plus_ratio is 0.0; it must be above 0"),
         ("[ia3]\n[train]\nlora_plus_ratio = 16", "train.lora_plus_ratio is 16, but there is no [lora]; add it"),
         ("[train]\nseed = 5000000000", "train.seed is 5000000000; it must be below 4294967296"),
@@ -116,7 +122,8 @@ def test_help_lists_every_option(capsys):
         parse_command_line(["--help"])
     assert not stop.value.code
     out = capsys.readouterr().out
-    tables = [table.replace("_", "-") for table in METHODS if table != "lora"]  # shown for a file that has theirs
+    # Shown for a file that has them.
+    tables = ["unlabelled", *(table.replace("_", "-") for table in METHODS if table != "lora")]
     others = tuple(f"--{table}." for table in tables)
     assert all(option in out for option in option_names(RunConfig) if not option.startswith(others))
     assert {"--output", "--lora.rank", "--data.cleaning.html"} <= set(option_names(RunConfig))

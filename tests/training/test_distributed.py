@@ -247,6 +247,20 @@ def test_several_processes_equal_one(alone, tiny_config, tmp_path, size):
         assert (other["wrote"], other_out, other_err) == ([], "", "")
 
 
+@pytest.mark.parametrize("method", ["adamatch", "softmatch"])
+def test_unlabelled_texts_get_the_same_labels_in_several_processes(tiny_config, tmp_path, method):
+    """Their means and moving averages are those of all processes; some processes have no text of a batch."""
+    tiny_config.write_text(f'{tiny_config.read_text()}[unlabelled]\nmethod = "{method}"\nratio = 2\n')
+    options = [tiny_config, *OPTIONS, *NO_DROPOUT, "--data.train-rows", 36, "--train.epochs", 2]
+    outcomes = []
+    for size in (1, 3):
+        arguments = [*options, "--output", tmp_path / f"run{size}"]
+        codes, results = forks(size, lambda rank: run_train(arguments), tmp_path / "seen")  # noqa: B023  called at once
+        assert codes == [0] * size, results
+        outcomes.append(outcome(tmp_path / f"run{size}"))
+    assert_same_run(*outcomes[::-1])
+
+
 KILLED = """
 import os, signal, sys
 from tests.training.test_distributed import run_train
