@@ -5,7 +5,7 @@
 Reading order for a learner: `train_step` (one optimizer step, with everything that mixed precision and accumulation add
 to it), `train_epoch`, then `train` from top to bottom. Reading the data, the console, checkpoints, signals and the
 report are in `training/`; of that folder only adamw8bit, calibration (probabilities), distributed, precision, scoring
-(a text's loss, which epoch is best), setup (seeds, batches), substitution (new texts) and tmix affect the numbers.
+(a text's loss, which epoch is best), setup (seeds, batches), substitution, tmix and unlabelled affect the numbers.
 """
 
 from __future__ import annotations

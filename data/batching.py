@@ -170,23 +170,26 @@ class Unlabelled:
     """Texts without labels for the batches of an epoch."""
 
     split: EncodedSplit
-    """The texts; their labels are not read."""
+    """The texts."""
     changed: EncodedSplit
     """Row for row the same texts, changed."""
     ratio: int
     """Number of these texts per labelled text of a batch."""
 
 
-def bucketed_batches(
-    lengths: np.ndarray, batch_size: int, seed: int, epoch: int, repetition: int = 0
-) -> list[np.ndarray]:
+def batches_per_epoch(rows: int, batch_size: int, unlabelled: int = 0, ratio: int = 1) -> int:
+    """Number of batches of `batch_size` rows and `ratio` times as many unlabelled ones that hold each at least once."""
+    return max(-(-rows // batch_size), -(-unlabelled // (ratio * batch_size)))
+
+
+def bucketed_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """Row numbers of each batch of an epoch: every row exactly once, rows of a batch of similar length.
 
     Rows are shuffled and cut into buckets of 50 batches; each bucket is sorted by length and cut into batches, and all
-    batches are shuffled. The result depends on (seed, epoch, repetition) alone. One batch, at any position, may be
-    smaller than `batch_size`.
+    batches are shuffled. The result depends on (seed, epoch) alone. One batch, at any position, may be smaller than
+    `batch_size`.
     """
-    random = np.random.default_rng((seed, epoch, repetition))
+    random = np.random.default_rng((seed, epoch))
     rows = random.permutation(len(lengths))
     batches = []
     for start in range(0, len(rows), batch_size * _BATCHES_PER_BUCKET):
@@ -234,10 +237,14 @@ def collate(
     )
 
 
-def _repeated(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, number: int) -> list[np.ndarray]:
-    """Row numbers of `number` batches: the rows again and again, in another order each time."""
-    passes = (bucketed_batches(lengths, batch_size, seed, epoch, repetition) for repetition in itertools.count())
-    return [*itertools.islice(itertools.chain.from_iterable(passes), number)]
+def repeated_batches(rows: int, batch_size: int, seed: int, epoch: int, number: int) -> list[np.ndarray]:
+    """Row numbers of `number` full batches, cut from one random permutation of the rows after the other.
+
+    Not sorted by length: few rows would be in the same batch each time.
+    """
+    random = np.random.default_rng((seed, epoch))
+    passes = [random.permutation(rows) for _ in range(-(-number * batch_size // rows))]
+    return np.split(np.concatenate(passes)[: number * batch_size], number)
 
 
 def _collate_all(labelled: _Collate, unlabelled: _Collate, changed: _Collate, rows: tuple[Any, Any]) -> Batch:
@@ -284,18 +291,20 @@ def training_batches(
     Each batch holds only the rows of `share`, such as rows 1, 4, 7, ... for `slice(1, None, 3)`; other processes hold
     the rest. Padding is that of `collate`.
 
-    With `unlabelled` texts, each batch has `ratio` times `batch_size` of them. An epoch then has every text, labelled
-    or not, at least once: what needs fewer batches is repeated, in another order each time.
+    With `unlabelled` texts, each batch has `ratio` times `batch_size` of them, or what is left of them. An epoch then
+    has every text, labelled or not, at least once; of what needs fewer batches, `repeated_batches`.
     """
     options = {"pad_token_id": pad_token_id, "padding": padding, "share": share, "multiple_of": multiple_of}
     collated: _Collate = functools.partial(collate, split, **options)
     if unlabelled is None:
         return _loader(collated, bucketed_batches(split.lengths, batch_size, seed, epoch)[skip:], device)
-    both = ((split.lengths, batch_size), (unlabelled.split.lengths, unlabelled.ratio * batch_size))
-    number = max(-(-len(lengths) // size) for lengths, size in both)
-    rows = [*zip(*(_repeated(lengths, size, seed, epoch, number) for lengths, size in both), strict=True)]
+    ratio, others, rows = unlabelled.ratio, unlabelled.split.lengths, []
+    number = batches_per_epoch(len(split.lengths), batch_size, len(others), ratio)
+    for lengths, size in ((split.lengths, batch_size), (others, ratio * batch_size)):
+        once = bucketed_batches(lengths, size, seed, epoch)
+        rows.append(once if len(once) == number else repeated_batches(len(lengths), size, seed, epoch, number))
     parts = (functools.partial(collate, each, **options) for each in (unlabelled.split, unlabelled.changed))
-    return _loader(functools.partial(_collate_all, collated, *parts), rows[skip:], device)
+    return _loader(functools.partial(_collate_all, collated, *parts), [*zip(*rows, strict=True)][skip:], device)
 
 
 def evaluation_batches(

@@ -373,10 +373,15 @@ def read_without_labels(path: Path, config: DataConfig, label_names: Sequence[st
 
     Raises DataError as `load_source` does, also for a label that is none of `label_names`: it is another data set.
     """
-    texts, found, column = [], Found(), config.label_column
-    for where, row in read_rows(path, config.text_columns, config.encoding, found):
-        texts.append(_Row(_file_text(row, config.text_columns, where), "none", where).text)
-        label = _file_label(row, column, where, found.class_names.get(column, ())) if column in row else ""
+    columns, column, texts = config.text_columns, config.label_column, []
+    try:  # some formats give only the columns that are asked for
+        rows = [*read_rows(path, (*columns, column), config.encoding, found := Found())]
+    except DataError:
+        rows = [*read_rows(path, columns, config.encoding, found := Found())]
+    for where, row in rows:
+        texts.append(_Row(_file_text(row, columns, where), "none", where).text)
+        unknown = column not in row or str(row[column]) == "-1"  # as `datasets` stores a missing class
+        label = "" if unknown else _file_label(row, column, where, found.class_names.get(column, ()))
         if label and label not in label_names:
             raise DataError(
                 f"{where}: unlabelled texts with the label {label!r}, which is none of {listed(label_names)}: another "

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -547,11 +548,19 @@ def test_unlabelled_texts_are_the_rest_or_a_file_and_learn_from_changed_copies(
     assert code == 0 and "            2 unlabelled texts" in out and len(seen) == 3, err
     assert torch.equal(seen[0][0].unlabelled.input_ids, seen[0][0].changed.input_ids)
 
+    table = {"text": ["a film", "oil"], "label": ["cinema", "business"]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tiny_data / "labels.parquet")
+    plain = tiny_data / "plain.toml"
+    plain.write_text(tiny_config.read_text().partition("[unlabelled]")[0])
     (tiny_data / "foreign.csv").write_text("text,label\nгол,business\nматч,sports\n", encoding="utf-8")
     (tiny_data / "labels.csv").write_text("text,label\na film,cinema\n", encoding="utf-8")
     for options, says in (
         (few[2:], 'unlabelled.source is "rest", but no training rows are left out'),
         ((*few, "--unlabelled.source", tiny_data / "none.csv"), "none.csv: "),
+        (
+            (*few, "--unlabelled.source", tiny_data / "labels.parquet"),
+            "row 1: unlabelled texts with the label 'cinema'",
+        ),
         ((*few, "--unlabelled.source", tiny_data / "foreign.csv"), "foreign.csv: 2 of 2 texts are not in Latin script"),
         (
             (*few, "--unlabelled.source", tiny_data / "labels.csv"),
@@ -560,6 +569,8 @@ def test_unlabelled_texts_are_the_rest_or_a_file_and_learn_from_changed_copies(
     ):
         code, _, err = run(tiny_config, *options)
         assert code == EXIT_BAD_INPUT and says in err and err.count("\n") == 1, err
+    code, _, err = run(plain, *few[:4], "--resume")
+    assert code == EXIT_BAD_INPUT and "unlabelled.source (there: " in err and err.count("\n") == 1, err
 
 
 def test_eda_on_another_script_is_refused(run, tiny_config, tiny_data):

@@ -68,7 +68,7 @@ class TrainConfig:
     patience: int = 3
     """Stop after this many epochs without a better validation accuracy (multi-label: micro F1); 0 never stops early."""
     batch_size: int = 32
-    """Texts in one forward pass."""
+    """Texts in one forward pass; of unlabelled texts, unlabelled.ratio times as many."""
     accumulation_steps: int = 1
     """Forward passes whose gradients are accumulated before each optimizer step."""
     eval_batch_size: int = 64
@@ -142,7 +142,7 @@ class UnlabelledConfig:
     """Texts without labels, and how the model learns from them (training/unlabelled.py)."""
 
     source: str = "rest"
-    """rest: the training rows that data.train_rows leaves out; or a file of texts, read like the training file."""
+    """rest: the training rows that data.train_rows leaves out; or a file, with data.text_columns and encoding."""
     method: Literal["pseudo_label", "fixmatch", "adamatch", "softmatch"] = "adamatch"
     """How a text gets its label and its weight."""
     ratio: int = 7
@@ -221,8 +221,13 @@ class RunConfig:
             raise ConfigError(
                 f"train.lora_plus_ratio is {self.train.lora_plus_ratio:g}, but there is no [lora]; add it"
             )
-        if self.unlabelled is not None and self.data.windows > 1:
-            raise ConfigError("data.windows and [unlabelled] exclude each other; set data.windows = 1")
+        for name, on in (
+            ("data.windows", self.data.windows > 1),  # a changed copy may have more or fewer windows than its text
+            ("train.tmix", self.train.tmix > 0),
+            ("train.compile", self.train.compile != "off"),  # three more kinds of passes than torch compiles
+        ):
+            if self.unlabelled is not None and on:
+                raise ConfigError(f"{name} and [unlabelled] exclude each other; remove one")
         for name in ("hidden_dropout", "attention_dropout", "classifier_dropout"):
             value = getattr(self.model, name)
             if value is not None and not 0 <= value < 1:

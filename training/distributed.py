@@ -97,7 +97,8 @@ class World:
     def sum_gradients(self, parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
         """Replace each gradient by its sum over all processes, and return the sum of `loss`, a scalar.
 
-        One message of (trainable parameters + 1) numbers, the only one of a step except 16 bytes of `all_reduce_max`.
+        One message of (trainable parameters + 1) numbers. Others of a step are the 16 bytes of `all_reduce_max` and,
+        with unlabelled texts, the means of `PseudoLabels`.
         """
         if self.size == 1:
             return loss

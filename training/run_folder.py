@@ -163,7 +163,8 @@ def changed_settings(there: RunConfig, wanted: RunConfig) -> dict[str, tuple[Any
         return found
 
     old, new = flat(there, ""), flat(wanted, "")
-    return {name: (old[name], new[name]) for name in new if old[name] != new[name]}
+    names = [*new, *(name for name in old if name not in new)]  # a table of one run alone has fields there alone
+    return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
 
 
 def check_board() -> None:

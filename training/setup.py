@@ -20,6 +20,7 @@ from data.batching import (
     Batch,
     EncodedSplit,
     Unlabelled,
+    batches_per_epoch,
     describe_long,
     encode_split,
     training_batches,
@@ -69,7 +70,7 @@ class Inputs:
     model_config: RobertaConfig
     tokenizer: TextTokenizer
     splits: dict[str, EncodedSplit]
-    """Token ids of train, validation and test; unlabelled ones have labels of 0 that are not read."""
+    """Token ids of train, validation and test, and of unlabelled texts, whose labels of 0 are not read."""
     new_head: bool
     """Whether the head is newly initialized, not read from the checkpoint."""
     steps_per_epoch: int
@@ -167,17 +168,17 @@ def load_inputs(config: RunConfig, world: World) -> Inputs:
         name: encode_split(getattr(text, name), tokenizer, description=f"tokenizing {name}")
         for name in ("train", "validation", "test")
     }
-    batches = -(-(1 + augmentation.n_aug) * len(splits["train"].lengths) // settings.batch_size)
     if config.unlabelled is not None:
         unlabelled = Split([*text.unlabelled], [0] * len(text.unlabelled))
         splits["unlabelled"] = encode_split(unlabelled, tokenizer, description="tokenizing unlabelled texts")
-        batches = max(batches, -(-len(text.unlabelled) // (config.unlabelled.ratio * settings.batch_size)))
     say(f"            {describe_long([*splits.values()], tokenizer)}")
     if unknown := sum(int((split.input_ids == tokenizer.unk_token_id).sum()) for split in splits.values()):
         total = sum(len(split.input_ids) for split in splits.values())
         say(f"            {unknown:,} of {total:,} tokens are unknown to the tokenizer")
     if augmentation.n_aug and augmentation.kind == "mlm":
         check_words(splits["train"], tokenizer.entries, text.origin)
+    rows, ratio = (1 + augmentation.n_aug) * len(splits["train"].lengths), getattr(config.unlabelled, "ratio", 1)
+    batches = batches_per_epoch(rows, settings.batch_size, len(text.unlabelled), ratio)
     steps_per_epoch = -(-batches // settings.accumulation_steps)
     return Inputs(text, checkpoint, model_config, tokenizer, splits, new_head, steps_per_epoch)
 
@@ -232,6 +233,12 @@ def recompute_activations(encoder: Encoder) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
+def _say_truncated(new: EncodedSplit, split: EncodedSplit, epoch: int) -> None:
+    """Say in the first epoch how many more of the new texts are truncated than of those they were made from."""
+    if epoch == 1 and (cut := new.truncated - split.truncated) > 0:
+        say(f"            {cut:,} new texts are longer than {new.max_length} tokens and are truncated")
+
+
 def epoch_batches(
     inputs: Inputs, config: RunConfig, epoch: int, skip: int, compute: Compute, world: World
 ) -> Iterable[Batch]:
@@ -248,8 +255,7 @@ def epoch_batches(
         train = inputs.text.train
         new = augment_texts(train.texts, train.labels, augmentation, settings.seed, epoch)
         split = encode_split(Split(*new), inputs.tokenizer, description="tokenizing augmented texts")
-        if epoch == 1 and (cut := split.truncated - inputs.splits["train"].truncated):
-            say(f"            {cut:,} new texts are longer than {split.max_length} tokens and are truncated")
+        _say_truncated(split, inputs.splits["train"], epoch)
     if settings.class_weights == "balanced":
         from sklearn.utils.class_weight import compute_sample_weight  # slow to import
 
@@ -260,8 +266,9 @@ def epoch_batches(
         if config.unlabelled.method != "pseudo_label":
             eda = AugmentationConfig(n_aug=1, alpha=config.unlabelled.alpha)
             both, labels = augment_texts(inputs.text.unlabelled, texts.labels, eda, settings.seed, epoch)
-            copies = Split(both[1::2], labels[1::2])
+            copies = Split(both[1::2], labels[1::2])  # each text is followed by its changed copy
             changed = encode_split(copies, inputs.tokenizer, description="tokenizing changed texts")
+            _say_truncated(changed, texts, epoch)
         unlabelled = Unlabelled(texts, changed, config.unlabelled.ratio)
     return training_batches(
         split,

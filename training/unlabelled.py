@@ -22,9 +22,12 @@ starts as the first step's mean.
 A fixed threshold lets a class that the model is sure of for the wrong reasons take over. q gives the classes the
 frequencies that they have among the labelled texts (AdaMatch) or equal ones (SoftMatch), and "sure" is relative to
 the model's own confidence. Differences from the papers: dropout is the weak augmentation and EDA the strong one, in
-place of shifts and colours of pictures; AdaMatch's interpolation of logits (section 3.2), for batch normalization,
-is left out; its ramp (section 3.5) is used with every method; the averages have no fixed initial value and by default
-a momentum for hundreds of steps; sigma is halved as in SoftMatch's program.
+place of shifts and colours of pictures; Lee has no threshold (as with 0); AdaMatch trains on strong copies of labelled
+texts, too, and interpolates logits (section 3.2) for batch normalization; its ramp (section 3.5) is used with every
+method; its M(p) is a mean of 128 batches; the averages have no fixed initial value, and their momentum is 0.99 instead
+of 0.999, as runs here have hundreds of steps; sigma is halved as in SoftMatch's program.
+
+The changed copies are texts of the step as any others: R-Drop passes them twice, too.
 """
 
 from __future__ import annotations

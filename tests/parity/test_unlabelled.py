@@ -14,7 +14,7 @@ from train import train_step
 from training.config import UnlabelledConfig
 from training.unlabelled import PseudoLabels
 
-STEPS, WEIGHT, RAMP, MOMENTUM = 4, 1.7, 0.8, 0.6
+STEPS, WEIGHT, RAMP, MOMENTUM = 4, 1.7, 0.5, 0.6
 THRESHOLDS = {"pseudo_label": 0.45, "fixmatch": 0.45, "adamatch": 0.9}
 
 
@@ -110,3 +110,9 @@ def test_labels_weights_and_gradients_are_those_of_the_papers(tmp_path, method):
     for name, value in averages.items():
         assert_close(pseudo_labels.averages[name], value, what=name)
     assert 0 < sum(v > 0.99 for v in weights) < len(weights), "all texts have the same weight"
+
+
+def test_the_default_threshold_is_the_methods_and_no_ramp_is_the_full_weight_at_once():
+    cutoffs = {name: UnlabelledConfig(method=name).cutoff for name in THRESHOLDS}
+    assert cutoffs == {"pseudo_label": 0.95, "fixmatch": 0.95, "adamatch": 0.9}
+    assert PseudoLabels(UnlabelledConfig(ramp=0.0, weight=1.7), STEPS)._factor(0) == 1.7

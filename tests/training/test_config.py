@@ -69,6 +69,8 @@ def test_written_settings_are_equal_when_read_again(toml, tmp_path):
         ("[train]\ntmix = 0.4\nr_drop = 1", "train.tmix and train.r_drop exclude each other; choose one"),
         ('[train]\ntmix = 0.4\ncompile = "on"', "train.tmix and train.compile exclude each other; choose one"),
         ("[data]\nwindows = 2\n[unlabelled]\n", "data.windows and [unlabelled] exclude each other"),
+        ('[train]\ncompile = "on"\n[unlabelled]\n', "train.compile and [unlabelled] exclude each other; remove one"),
+        ("[train]\ntmix = 0.4\n[unlabelled]\n", "train.tmix and [unlabelled] exclude each other; remove one"),
         ("[unlabelled]\nratio = 0", "unlabelled.ratio is 0; it must be above 0"),
         ("[unlabelled]\nthreshold = 1.5", "unlabelled.threshold is 1.5; it must be in [0, 1]"),
         ('[unlabelled]\nmethod = "mixmatch"', "unlabelled.method: Input should be 'pseudo_label', 'fixmatch', "),
