@@ -21,6 +21,7 @@ from torch import nn
 from lora.adapter import adapters
 from lora.config import BottleneckConfig, LoRAConfig, MethodConfig
 from lora.errors import LoRAError
+from lora.eva import EvaConfig
 from lora.inject import ParameterCount, count_parameters, inject_lora
 
 HEADS = {"full": ("classifier",), "out_proj": ("classifier.out_proj",), "none": ()}
@@ -45,7 +46,9 @@ def largest_rank(build: Callable[[], nn.Module], config: LoRAConfig, budget: int
 
     The count is linear in the rank, so two counts determine it. Raises what `inject_lora` raises.
     """
-    config = dataclasses.replace(config, init="default")  # some start from even or from small ranks only
+    config = dataclasses.replace(
+        config, init="default", eva_config=EvaConfig()
+    )  # some start from even or from small ranks only
     one, two = (count_on_meta(build, dataclasses.replace(config, rank=rank), *others).trainable for rank in (1, 2))
     return 0 if one > budget or one == two else 1 + (budget - one) // (two - one)
 

@@ -17,6 +17,7 @@ from lora.adapter import Adapter
 from lora.bottleneck import BottleneckAdapter, sublayer_ends
 from lora.dora import DoRALinear
 from lora.errors import LoRAError
+from lora.eva import EvaConfig
 from lora.ia3 import IA3Linear
 from lora.initial import INITS, ResidualLoRALinear, initialize, takes_from_base
 from lora.linear import LoRALinear
@@ -208,7 +209,11 @@ class LoRAConfig(LinearMethodConfig):
         "dropout": "lora_dropout",
         "init": "init_lora_weights",
     }
-    peft_constants: ClassVar[dict[str, Any]] = {"init_lora_weights": True, "fan_in_fan_out": False}
+    peft_constants: ClassVar[dict[str, Any]] = {
+        "init_lora_weights": True,
+        "eva_config": None,
+        "fan_in_fan_out": False,
+    }
 
     rank: int = 8
     """Rank r of every update [r]."""
@@ -227,8 +232,10 @@ class LoRAConfig(LinearMethodConfig):
     use_dora: bool = False
     """Train the length of each row of a weight apart from its direction (DoRA)."""
     init: str = "default"
-    """Where A and B start: default, gaussian, orthogonal, pissa, pissa_niter_N or olora (`lora/initial.py`).
+    """Where A and B start: default, gaussian, orthogonal, pissa, pissa_niter_N, olora (`lora/initial.py`) or eva.
     Not in the file, as a trained adapter does not depend on it [init_lora_weights]."""
+    eva_config: EvaConfig = field(default_factory=EvaConfig)
+    """Settings of the initialisation eva, whose A `lora.eva` sets after the adapters are made; not in the file."""
 
     def wrap(self, base: nn.Linear, name: str) -> Adapter:
         """The adapter of the layer `base`, whose name decides its rank and alpha where patterns are given.
@@ -244,7 +251,8 @@ class LoRAConfig(LinearMethodConfig):
             dropout=self.dropout,
             use_rslora=self.use_rslora,
         )
-        if residual and layer.rank > (largest := min(base.weight.shape)):
+        largest = base.in_features if self.init == "eva" else min(base.in_features, base.out_features)
+        if (residual or self.init == "eva") and layer.rank > largest:
             raise LoRAError(
                 f"lora: init is {self.init!r}, but {name} has rank {layer.rank}; it can be {largest} at most"
             )
@@ -278,8 +286,10 @@ class LoRAConfig(LinearMethodConfig):
         for where, alpha in alphas:
             fits = 0 < alpha < math.inf
             self.require(where, fits, "it must be above 0, as the update is scaled by alpha / r", alpha)
-        inits = "default, gaussian, orthogonal, pissa, pissa_niter_N or olora"
+        inits = "default, gaussian, orthogonal, pissa, pissa_niter_N, olora or eva"
         self.require("init", bool(INITS.fullmatch(self.init)), f"choose {inits}")
+        if self.init != "eva" and self.eva_config != EvaConfig():
+            raise LoRAError(f"lora: eva_config has no effect, as init is {self.init!r}; remove it, or choose eva")
         if self.init == "orthogonal" and (odd := [r for r in (self.rank, *self.rank_pattern.values()) if r % 2]):
             raise LoRAError(
                 f"lora: init is 'orthogonal', which halves the rank, and {odd[0]} is odd; choose an even one"

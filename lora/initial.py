@@ -6,9 +6,10 @@
     pissa           W = U S V^T:  B = U_r sqrt(S_r / s), A = sqrt(S_r / s) V_r^T, of the r largest singular values
     pissa_niter_N   the same by a randomized decomposition with N iterations, which is faster
     olora           W = Q R:  B = the first r columns of Q, A = the first r rows of R
+    eva             A from the layer's inputs, which need the model and batches: `lora.eva`, B = 0
 
-With the first three B A = 0, so training starts at the pretrained model. The others start at an update of s B0 A0,
-which is a part of W. It is subtracted from W, so training starts at the pretrained model too:
+With the first three and eva B A = 0, so training starts at the pretrained model. The others start at an update of
+s B0 A0, which is a part of W. It is subtracted from W, so training starts at the pretrained model too:
 
     y = x (W - s B0 A0)^T + b + s dropout(x) A^T B^T
 
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from lora.adapter import Adapter
 from lora.linear import LoRALinear
 
-INITS = re.compile("default|gaussian|orthogonal|pissa|pissa_niter_[0-9]+|olora")
+INITS = re.compile("default|gaussian|orthogonal|pissa|pissa_niter_[0-9]+|olora|eva")
 
 
 def takes_from_base(init: str) -> bool:

@@ -131,7 +131,7 @@ def test_the_file_is_a_lora_of_twice_the_rank_over_the_original_base(pair, tmp_p
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"init": "xavier"}, "lora: init is 'xavier'; choose default, gaussian, orthogonal, pissa, pissa_niter_N or"),
+        ({"init": "xavier"}, "lora: init is 'xavier'; choose default, gaussian, orthogonal, pissa, pissa_niter_N, ol"),
         ({"init": "pissa_niter_"}, "lora: init is 'pissa_niter_'; choose"),
         ({"init": "orthogonal", "rank": 3}, "lora: init is 'orthogonal', which halves the rank, and 3 is odd"),
         ({"init": "orthogonal", "rank_pattern": {"key": 5}}, "and 5 is odd; choose an even one"),
