@@ -4,8 +4,9 @@
 
 Reading order for a learner: `train_step` (one optimizer step, with everything that mixed precision and accumulation add
 to it), `train_epoch`, then `train` from top to bottom. Reading the data, the console, checkpoints, signals and the
-report are in `training/`; of that folder only adamw8bit, calibration (probabilities), distributed, precision, scoring
-(a text's loss, which epoch is best), setup (seeds, batches), substitution, tmix and unlabelled affect the numbers.
+report are in `training/`; of that folder only adamw8bit, calibration (probabilities), distributed, eva, precision,
+scoring (a text's loss, which epoch is best), setup (seeds, batches), substitution, tmix and unlabelled affect the
+numbers.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from training.checkpoint import TrainState
 from training.command_line import run_command
 from training.config import RunConfig, TrainConfig, parse_command_line
 from training.distributed import ALONE, World, join
+from training.eva import initialize_eva
 from training.precision import Compute
 from training.progress import say
 from training.recorder import Recorder
@@ -200,6 +202,7 @@ def train(config: RunConfig, world: World = ALONE) -> int:
         speed_up(model)  # also replaces each nn.Dropout by cpu.dropout.FastDropout: the same distribution of masks
     if settings.gradient_checkpointing:
         recompute_activations(model.roberta.encoder)
+    initialize_eva(model, inputs, config, compute, world)  # lora.init = "eva" alone: A from the inputs of its layer
     train_model = compute.compiled(model, settings.compile)  # the same parameters; only training steps use it
 
     optimizer = make_optimizer(model, settings)

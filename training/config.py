@@ -37,6 +37,7 @@ from lora.config import (
     PTuningConfig,
     VeRAConfig,
 )
+from lora.eva import EvaConfig
 from training.command_line import parse_options, section_of
 from training.errors import ConfigError
 
@@ -228,6 +229,9 @@ class RunConfig:
         ):
             if self.unlabelled is not None and on:
                 raise ConfigError(f"{name} and [unlabelled] exclude each other; remove one")
+        virtual = [method.table for method in self.methods if method.num_virtual_tokens]
+        if virtual and self.lora is not None and self.lora.init == "eva":
+            raise ConfigError(f"lora.init is 'eva', which [{virtual[0]}] can't be combined with; choose another")
         for name in ("hidden_dropout", "attention_dropout", "classifier_dropout"):
             value = getattr(self.model, name)
             if value is not None and not 0 <= value < 1:
@@ -235,7 +239,7 @@ class RunConfig:
 
 
 _SECTIONS = (RunConfig, ModelConfig, DataConfig, CleaningConfig, AugmentationConfig, TrainConfig, UnlabelledConfig)
-for _section in (*_SECTIONS, *METHODS.values()):
+for _section in (*_SECTIONS, *METHODS.values(), EvaConfig):
     _section.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # an unknown field is an error
 _VALIDATOR = pydantic.TypeAdapter(RunConfig)
 
