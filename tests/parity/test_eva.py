@@ -164,3 +164,16 @@ def test_inputs_of_another_shape_are_refused(tmp_path):
 def test_the_largest_rank_of_a_budget_is_found():
     config = LoRAConfig(init="eva", eva_config=EvaConfig(tau=0.9), target_modules=("0",), modules_to_save=())
     assert largest_rank(lambda: torch.nn.Sequential(torch.nn.Linear(9, 7)), config, 16 * 5 + 15) == 5
+
+
+def test_the_decomposition_is_not_in_16_bits():
+    """Under autocast, where the encoder's matmuls are."""
+    found, config = [], LoRAConfig(rank=3, init="eva", target_modules=("0",), modules_to_save=())
+    inputs = torch.randn(20, 6, 9, 24, generator=torch.Generator().manual_seed(1)) * torch.arange(24).exp2()
+    for enabled in (False, True):
+        model = inject_lora(torch.nn.Sequential(torch.nn.Linear(24, 5)), config)
+        batches = [(torch.ones(6, 9, dtype=torch.bool), partial(model, x)) for x in inputs]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            initialize_from_inputs(adapters(model), batches, config.eva_config)
+        found.append(model[0].lora_A)
+    assert_same(*found, "A")
