@@ -182,7 +182,7 @@ def check_texts(texts: Sequence[str], origin: str, kind: str, fix: str = "set da
         problem, reason = "have no space", "AEDA needs words"
     if 2 * len(unsuited) > len(texts):
         raise DataError(
-            f"{origin}: {len(unsuited):,} of {len(texts):,} texts {problem} (the first: "
+            f"{origin}: {len(unsuited):,} of {len(texts):,} training texts {problem} (the first: "
             f"{unsuited[0][:30]!r}), but {reason}; {fix}"
         )
 

@@ -131,13 +131,19 @@ def test_a_run_killed_anywhere_and_resumed_is_the_run_never_interrupted(command,
         assert not (tmp_path / "cut" / "checkpoint").exists()
 
 
-def test_a_killed_run_with_tmix_resumes_with_the_same_mixes(command, tmp_path):
-    mixed = ("--train.r-drop", 0, "--train.tmix", 0.5, "--train.epochs", 2)
-    status, events = in_a_fork(command("whole", *mixed))
+def test_a_killed_run_with_tmix_resumes_with_the_same_mixes(command, run_config, tmp_path):
+    without = run_config.with_name("without.toml")  # TMix and unlabelled texts exclude each other
+    without.write_text(run_config.read_text().partition("[unlabelled]")[0])
+
+    def mixed(name, *more):
+        options = ("--train.r-drop", 0, "--train.tmix", 0.5, "--train.epochs", 2)
+        return [without, *command(name, *options, *more)[1:]]
+
+    status, events = in_a_fork(mixed("whole"))
     assert status == 0
     middle = [i for i, name in enumerate(events) if name == "train_step"][4]  # after the checkpoint of the third step
-    assert in_a_fork(command("cut", *mixed), kill_at=middle)[0] == -signal.SIGKILL
-    assert in_a_fork(command("cut", *mixed, "--resume"))[0] == 0
+    assert in_a_fork(mixed("cut"), kill_at=middle)[0] == -signal.SIGKILL
+    assert in_a_fork(mixed("cut", "--resume"))[0] == 0
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 

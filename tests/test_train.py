@@ -561,7 +561,10 @@ def test_unlabelled_texts_are_the_rest_or_a_file_and_learn_from_changed_copies(
             (*few, "--unlabelled.source", tiny_data / "labels.parquet"),
             "row 1: unlabelled texts with the label 'cinema'",
         ),
-        ((*few, "--unlabelled.source", tiny_data / "foreign.csv"), "foreign.csv: 2 of 2 texts are not in Latin script"),
+        (
+            (*few, "--unlabelled.source", tiny_data / "foreign.csv"),
+            "foreign.csv: 2 of 2 training texts are not in Latin script",
+        ),
         (
             (*few, "--unlabelled.source", tiny_data / "labels.csv"),
             "row 2: unlabelled texts with the label 'cinema', which",
