@@ -122,6 +122,7 @@ def test_unlabelled_texts_fill_the_batches_and_the_smaller_set_is_repeated_in_ot
         assert counts.min() >= 1 and counts.max() - counts.min() <= 1
         if len(found) > -(-rows // size):  # repeated: full batches, of other rows each time
             assert {*map(len, found)} == {size} and len({frozenset(batch) for batch in found}) == len(found)
+            assert np.concatenate(found)[:rows].tolist() != [*range(rows)]
     for batch in batches:
         assert torch.equal(batch.changed.indices, batch.unlabelled.indices)
         assert batch.tokens == sum(int(one.attention_mask.sum()) for one in (batch, batch.unlabelled, batch.changed))
