@@ -59,8 +59,8 @@ def train_step(
     L is the text's loss (`text_losses`; with R-Drop `r_drop_losses`, with TMix `tmix_losses`), w its weight: 1, or that
     of its class (train.class_weights). Unlabelled texts get label and weight from the model (`PseudoLabels`); AdaLoRA
     adds its penalty. Returns that loss in nats, a scalar still on the device: reading it is the caller's decision, as
-    it makes a GPU wait. With fp16 a step whose gradients overflow changes nothing but the loss scale (Micikevicius et
-    al. 2018). `max_grad_norm` = 0 leaves the gradients as they are.
+    it makes a GPU wait. With fp16 a step whose gradients overflow changes only the loss scale (Micikevicius et al.
+    2018) and the averages of `PseudoLabels`. `max_grad_norm` = 0 leaves the gradients as they are.
     Of several processes each holds some of the texts, and all make the same step.
     """
     total_weight = sum(batch.total_weight for batch in batches)  # over all processes; the number of texts if w = 1

@@ -1,10 +1,10 @@
 """Exact resume: a run killed anywhere and resumed ends with the bits of a run never interrupted.
 
 The runs here have everything on that could make a difference: dropout, EDA, accumulation, a short last batch, early
-stopping, unlabelled texts, AdaLoRA's pruning, P-tuning's network, a base in 4 bits, moments in 8, recomputed
-activations. They are short: 5 steps in each of 3 epochs, of which the last brings nothing better. A killed run is a
-real process, a fork of this one, that gets SIGKILL before its k-th event: an optimizer step, a batch of an evaluation,
-a logged line, a flush or a rename of a file.
+stopping, AdaLoRA's pruning, P-tuning's network, a base in 4 bits, moments in 8, recomputed activations. They are short:
+5 steps in each of 3 epochs, of which the last brings nothing better. A killed run is a real process, a fork of this
+one, that gets SIGKILL before its k-th event: an optimizer step, a batch of an evaluation, a logged line, a flush or a
+rename of a file.
 """
 
 import copy
@@ -61,7 +61,6 @@ def no_pages():
 def run_config(one_thread, no_pages, tiny_checkpoint, tmp_path_factory):
     """Settings of the runs; a first one has imported and read what every fork would import and read again."""
     config = write_tiny_config(tiny_checkpoint, write_tiny_data(tmp_path_factory.mktemp("resume")), more=True)
-    config.write_text(f'{config.read_text()}[unlabelled]\nmethod = "softmatch"\nratio = 1\nweight = 0.5\n')
     arguments = [config, *RESUMED, "--output", config.with_name("first"), "--train.epochs", 1]
     assert train(parse_command_line([str(one) for one in arguments])) == 0
     return config
@@ -131,19 +130,22 @@ def test_a_run_killed_anywhere_and_resumed_is_the_run_never_interrupted(command,
         assert not (tmp_path / "cut" / "checkpoint").exists()
 
 
-def test_a_killed_run_with_tmix_resumes_with_the_same_mixes(command, run_config, tmp_path):
-    without = run_config.with_name("without.toml")  # TMix and unlabelled texts exclude each other
-    without.write_text(run_config.read_text().partition("[unlabelled]")[0])
+@pytest.mark.parametrize("kind", ["tmix", "unlabelled"])
+def test_what_excludes_other_settings_is_resumed_too(command, run_config, tmp_path, kind):
+    """TMix's mixtures, and the moving averages of unlabelled texts; killed after the checkpoint of the third step."""
+    config = run_config.with_name(f"{kind}.toml")
+    table = '[unlabelled]\nmethod = "softmatch"\nratio = 1\n' if kind == "unlabelled" else ""
+    config.write_text(run_config.read_text() + table)
 
-    def mixed(name, *more):
-        options = ("--train.r-drop", 0, "--train.tmix", 0.5, "--train.epochs", 2)
-        return [without, *command(name, *options, *more)[1:]]
+    def arguments(name, *more):
+        mixed = ("--train.r-drop", 0, "--train.tmix", 0.5) if kind == "tmix" else ()
+        return [config, *command(name, "--train.epochs", 2, *mixed, *more)[1:]]
 
-    status, events = in_a_fork(mixed("whole"))
+    status, events = in_a_fork(arguments("whole"))
     assert status == 0
-    middle = [i for i, name in enumerate(events) if name == "train_step"][4]  # after the checkpoint of the third step
-    assert in_a_fork(mixed("cut"), kill_at=middle)[0] == -signal.SIGKILL
-    assert in_a_fork(mixed("cut", "--resume"))[0] == 0
+    middle = [i for i, name in enumerate(events) if name == "train_step"][4]
+    assert in_a_fork(arguments("cut"), kill_at=middle)[0] == -signal.SIGKILL
+    assert in_a_fork(arguments("cut", "--resume"))[0] == 0
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
