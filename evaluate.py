@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import csv
 import dataclasses
+import json
 import math
 import random
 import sys
@@ -51,6 +52,7 @@ from training.classes import match_classes, numbered
 from training.command_line import parse_options, run_command
 from training.config import RunConfig, read_config
 from training.errors import ConfigError
+from training.pages import write_text_atomic
 from training.plots import draw_noise, save_png
 from training.precision import Compute, choose_compute
 from training.progress import say
@@ -92,7 +94,7 @@ class Arguments:
     map: Path | None = None
     """For --on: a TOML file of lines "class of the source" = "class of the adapter"; equal names unless given."""
     noise: bool = False
-    """Print and draw (plots/noise.png) the accuracy on test texts with typing errors, markup, lost words and others."""
+    """Accuracy on test texts with typing errors, markup, lost words and more: printed, plots/noise.png, noise.json."""
     abstain: float | None = None
     """Leave texts undecided whose highest probability is below this number between 0 and 1."""
     speed: bool = False
@@ -362,7 +364,10 @@ def report_on(trained: Trained, source: str, path: Path | None) -> None:
 
 
 def report_noise(trained: Trained, folder: RunFolder) -> None:
-    """Print the accuracy (multi-label: exact match) on the test texts by corruption and severity, and draw it."""
+    """Print, draw and write (noise.json) the accuracy on the test texts by corruption and severity.
+
+    Multi-label, it is the exact match.
+    """
     split = _test_split(trained)
     clean = _score(trained, split).accuracy
     measure = "exact match" if trained.model.config.multi_label else "accuracy"
@@ -373,10 +378,11 @@ def report_noise(trained: Trained, folder: RunFolder) -> None:
         splits = (Split(corrupt(split.texts, severity, random.Random(0)), split.labels) for severity in SEVERITIES)
         accuracies[name] = [clean, *(_score(trained, corrupted, announce=False).accuracy for corrupted in splits)]
         say(f"{name:<14}" + "".join(f"{100 * accuracy:>8.2f}" for accuracy in accuracies[name]))
+    write_text_atomic(folder.path / "noise.json", json.dumps(accuracies))
     folder.plots.mkdir(exist_ok=True)
     draw = partial(draw_noise, severities=(0, *SEVERITIES), accuracies=accuracies, measure=measure)
     save_png(draw, folder.plots / "noise.png", (6.6, 3.6))
-    say(f"\nwritten     {folder.plots / 'noise.png'}")
+    say(f"\nwritten     {folder.plots / 'noise.png'}, {folder.path / 'noise.json'}")
 
 
 def report_speed(trained: Trained) -> None:

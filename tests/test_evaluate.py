@@ -548,6 +548,8 @@ def test_noise_lowers_the_accuracy_from_that_of_the_test_split(command, finished
         assert float(rows["typing errors"][4]) < float(rows["typing errors"][0]) == float(rows["no punctuation"][4])
         assert ({*rows["markup"]} == {rows["markup"][0]}) == (given == alone)  # cleaning comes after the corruption
         assert (given[0] / "plots" / "noise.png").is_file()
+        kept = json.loads((given[0] / "noise.json").read_text())
+        assert {name: [f"{100 * each:.2f}" for each in accuracies] for name, accuracies in kept.items()} == rows
 
 
 @pytest.fixture
