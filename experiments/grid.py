@@ -35,6 +35,12 @@ class Planned:
         return f"{self.name}-s{self.config.train.seed}"
 
 
+def configuration_and_seed(folder: str) -> tuple[str, str]:
+    """The two parts of a run folder's name as `Planned` gives it. Another name is a configuration without a seed."""
+    name, _, seed = folder.rpartition("-s")
+    return (name, seed) if name and seed.isdigit() else (folder, "")
+
+
 def plan(paths: list[Path], overrides: dict[str, Any], seeds: int) -> list[Planned]:
     """All runs of the given files and folders (*.toml, not of subfolders), `seeds` of each configuration.
 

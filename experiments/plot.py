@@ -1,27 +1,34 @@
-"""Plot the curves of several runs in the same axes.
+"""Plot the curves of several runs in the same axes, and their test scores.
 
-python -m experiments.plot runs/table/runs/* --output comparison
+    python -m experiments.plot runs/table/runs/* --output comparison
+
+In test_accuracy.png run folders NAME-s0, NAME-s1, ... are the seeds of one configuration: a row.
 """
 
 from __future__ import annotations
 
+import json
+import statistics
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import tyro
+from matplotlib.axes import Axes
 
+from experiments.grid import configuration_and_seed
 from training.command_line import parse_options, run_command
 from training.errors import ConfigError
-from training.plots import METRICS, draw_metric, read_curves, save_png
+from training.plots import METRICS, PALETTE, draw_metric, read_curves, save_png
 from training.progress import say
 from training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Plot the curves of several runs in the same axes, one image per metric."""
+    """Plot the curves of several runs in the same axes, one image per metric, and the test accuracy of each."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders."""
@@ -30,7 +37,7 @@ class Arguments:
 
 
 def plot(arguments: Arguments) -> int:
-    """Draw each metric for the runs that have logged it. Returns the exit code.
+    """Draw each metric for the runs that have logged it, and the scores of those finished. Returns the exit code.
 
     Raises ConfigError if no run is given, or if a path is not a run folder.
     """
@@ -42,6 +49,14 @@ def plot(arguments: Arguments) -> int:
         logged = [run for run in runs if (run.steps if unit == "step" else run.validations)]
         if logged:
             save_png(partial(draw_metric, runs=logged, metric=metric), arguments.output / f"{metric}.png", (7, 4.4))
+    scores: dict[str, list[float]] = {}
+    for folder in map(RunFolder, arguments.runs):
+        if folder.is_complete():
+            accuracy = json.loads(folder.report.read_text(encoding="utf-8"))["test"]["accuracy"]
+            scores.setdefault(configuration_and_seed(folder.path.name)[0], []).append(100 * accuracy)
+    if scores:
+        size = 4 + 0.08 * max(map(len, scores)), 1.2 + 0.32 * len(scores)
+        save_png(partial(draw_scores, scores=scores), arguments.output / "test_accuracy.png", size)
     for run in runs:
         if not run.steps:
             say(f"{run.name}: no training steps yet; left out")
@@ -49,6 +64,19 @@ def plot(arguments: Arguments) -> int:
             say(f"{run.name}: no validation scores yet; only its training curves are drawn")
     say(f"written to {arguments.output}")
     return 0
+
+
+def draw_scores(axes: Axes, scores: Mapping[str, Sequence[float]]) -> None:
+    """A row per configuration: the test accuracy of each seed as a dot, their mean as a bar with its value."""
+    for y, accuracies in enumerate(scores.values()):
+        mean = statistics.mean(accuracies)
+        axes.plot(accuracies, [y] * len(accuracies), "o", color=PALETTE[0], alpha=0.4, markersize=6)
+        axes.plot(mean, y, "|", color=PALETTE[1], markersize=16, markeredgewidth=2)
+        axes.annotate(f"{mean:.2f}", (1.01, y), xycoords=axes.get_yaxis_transform(), va="center", fontsize=8)
+    axes.set_yticks(range(len(scores)), list(scores))
+    axes.invert_yaxis()
+    axes.set(xlabel="test accuracy (%)", title="Each seed, and their mean")
+    axes.grid(alpha=0.2)
 
 
 if __name__ == "__main__":

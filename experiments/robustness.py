@@ -23,6 +23,7 @@ import tyro
 from matplotlib.axes import Axes
 
 from data.noise import CORRUPTIONS, SEVERITIES
+from experiments.grid import configuration_and_seed
 from training.command_line import parse_options, run_command
 from training.errors import ConfigError
 from training.pages import escape_markdown, write_text_atomic
@@ -65,9 +66,7 @@ def compare(arguments: Arguments) -> int:
         raise ConfigError("name at least one run folder")
     results: dict[str, Result] = {}
     for run in arguments.runs:
-        name, _, seed = run.name.rpartition("-s")
-        if not (name and seed.isdigit()):
-            name, seed = run.name, "0"
+        name, seed = configuration_and_seed(run.name)
         result = results.setdefault(name, Result(name, {}, {}))
         for corruption, accuracies in _measured(run).items():
             result.clean[seed] = 100 * accuracies[0]
@@ -75,8 +74,8 @@ def compare(arguments: Arguments) -> int:
     table = summary([*results.values()])
     arguments.output.mkdir(parents=True, exist_ok=True)
     write_text_atomic(arguments.output / "robustness.md", table)
-    height = 1.2 + 0.32 * len(results)
-    save_png(partial(draw, results=[*results.values()]), arguments.output / "robustness.png", (7, height))
+    size = 5.5 + 0.08 * max(map(len, results)), 1.4 + 0.32 * len(results)
+    save_png(partial(draw, results=[*results.values()]), arguments.output / "robustness.png", size)
     say(f"{table}\nwritten to {arguments.output}/robustness.md and .png")
     return 0
 

@@ -178,7 +178,8 @@ def test_curves_of_several_runs_in_one_plot(forks, no_curves, grid, tmp_path, ca
     capsys.readouterr()
     assert plot(PlotArguments(tuple(runs), tmp_path / "plots")) == 0
     assert "grid+rank=2-s0: no validation scores yet" in capsys.readouterr().out
-    assert {path.stem for path in (tmp_path / "plots").iterdir()} >= {"loss", "validation_loss", "accuracy", "recall"}
+    drawn = {"loss", "validation_loss", "accuracy", "recall", "test_accuracy"}
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} >= drawn
     with pytest.raises(ConfigError, match="not a run folder"):
         plot(PlotArguments((tmp_path,), tmp_path / "plots"))
 
