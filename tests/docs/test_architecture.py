@@ -16,17 +16,17 @@ import torch
 from tests.forked import end_if_stuck, fail_if_stuck
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ("lora", "roberta", "data", "tests/parity/oracle.py")
+COPIED = ("lora", "roberta", "data", "training", "tests/parity/oracle.py")
 OURS = {"lora", "roberta", "data", "tests", "training", "cpu", "train", "evaluate", "experiments", "benchmarks"}
 
 USES = {
     "lora/ssf.py": """
 import torch
 from lora import inject_lora, load_adapter, merge_lora, save_adapter
-from lora.config import METHODS
 from tests.parity.oracle import assert_close, our_copy, ragged_batch, reference_model
+from training.config import parse_config
 
-config = METHODS["ssf"](target_modules=("query", "output.dense"))
+config = parse_config({"ssf": {"target_modules": ["query", "output.dense"]}}, "ssf.toml").ssf
 ours = inject_lora(our_copy(reference_model(), "base"), config)
 plain = our_copy(reference_model(), "plain")
 with torch.no_grad():
