@@ -50,7 +50,7 @@ from training.calibration import abstention_summary, calibrate, probabilities, r
 from training.class_map import load_other, map_texts
 from training.classes import match_classes, numbered
 from training.command_line import parse_options, run_command
-from training.config import RunConfig, read_config
+from training.config import RunConfig, TrainConfig, read_config
 from training.errors import ConfigError
 from training.pages import write_text_atomic
 from training.plots import draw_noise, save_png
@@ -149,10 +149,11 @@ def load_trained(arguments: Arguments) -> Trained:
     if not is_run and not (adapter_folders(run)[0] / "adapter_config.json").is_file():
         raise ConfigError(f"{run}: neither a run folder (config.toml) nor an adapter (adapter_config.json)")
     adapter = folder.adapter if is_run else run
-    config_path = arguments.config or (folder.config if is_run else None)
-    config = read_config(config_path) if config_path else RunConfig()
+    training = read_config(folder.config) if is_run else None
+    given = read_config(arguments.config) if arguments.config else training
+    config = given or RunConfig()
 
-    base = arguments.base or (read_config(folder.config).model.checkpoint if is_run else read_base_model(adapter))
+    base = arguments.base or (training.model.checkpoint if training else read_base_model(adapter))
     if base is None:
         raise ConfigError(f"{adapter}/adapter_config.json names no base model; give it with --base")
     try:
@@ -166,7 +167,7 @@ def load_trained(arguments: Arguments) -> Trained:
 
     shapes = adapter_shapes(adapter)
     model_config = RobertaConfig.from_file(checkpoint.directory / "config.json")
-    labels, text = _classes(folder, config if config_path else None, model_config, shapes)
+    labels, text = _classes(folder, given, model_config, shapes)
     own = adapter / "config.json"  # of a run of train.py, where the data decides
     problem_type = (RobertaConfig.from_file(own) if own.is_file() else model_config).problem_type
     model_config = dataclasses.replace(model_config, label_names=labels, problem_type=problem_type)
@@ -176,7 +177,7 @@ def load_trained(arguments: Arguments) -> Trained:
     if head_in_adapter >= head:
         described = own if own.is_file() else checkpoint.directory / "config.json"
         refuse_regression(described, shapes["classifier.out_proj.weight"])
-    bits = arguments.base_bits or (read_config(folder.config).model.base_bits if is_run else 16)
+    bits = arguments.base_bits or (training.model.base_bits if training else 16)
     model = load_base(checkpoint.directory, model_config, new_head, bits)
     methods = load_adapter(model, adapter)  # first, as it names the likely cause where the keys are another model's
     if new_head and head_in_adapter < head:
@@ -185,8 +186,8 @@ def load_trained(arguments: Arguments) -> Trained:
             f"{', '.join(sorted(head - head_in_adapter))}; train the head, or name the fine-tuned base with --base"
         )
 
-    precision = arguments.precision or config.train.precision
-    compute = choose_compute(dataclasses.replace(config.train, device=arguments.device, precision=precision))
+    precision = arguments.precision or (training or config).train.precision
+    compute = choose_compute(TrainConfig(device=arguments.device, precision=precision))  # never compiled
     model.to(compute.device).eval()
     if compute.device.type == "cpu":
         speed_up(model)
@@ -202,7 +203,7 @@ def load_trained(arguments: Arguments) -> Trained:
     temperature = 1.0 if model_config.multi_label else read_temperature(adapter)
     if temperature != 1:
         say(f"temperature {temperature:.3f}")
-    return Trained(model, tokenizer, labels, config, config_path is not None, text, clean, compute, temperature)
+    return Trained(model, tokenizer, labels, config, given is not None, text, clean, compute, temperature)
 
 
 def _classes(
@@ -363,10 +364,10 @@ def report_on(trained: Trained, source: str, path: Path | None) -> None:
     say(f"\n{scores.table()}\n\n{scores.headline()} on {len(encoded.labels):,} texts of {source}")
 
 
-def report_noise(trained: Trained, folder: RunFolder) -> None:
-    """Print, draw and write (noise.json) the accuracy on the test texts by corruption and severity.
+def report_noise(trained: Trained, folder: RunFolder, own_settings: bool) -> None:
+    """Print the accuracy (multi-label: exact match) on the test texts by corruption and severity.
 
-    Multi-label, it is the exact match.
+    Of a run with its own settings it is also drawn and written.
     """
     split = _test_split(trained)
     clean = _score(trained, split).accuracy
@@ -378,6 +379,9 @@ def report_noise(trained: Trained, folder: RunFolder) -> None:
         splits = (Split(corrupt(split.texts, severity, random.Random(0)), split.labels) for severity in SEVERITIES)
         accuracies[name] = [clean, *(_score(trained, corrupted, announce=False).accuracy for corrupted in splits)]
         say(f"{name:<14}" + "".join(f"{100 * accuracy:>8.2f}" for accuracy in accuracies[name]))
+    if not own_settings:
+        say("\nnoise.json and plots/noise.png are not written: they are for the run's own settings")
+        return
     write_text_atomic(folder.path / "noise.json", json.dumps(accuracies))
     folder.plots.mkdir(exist_ok=True)
     draw = partial(draw_noise, severities=(0, *SEVERITIES), accuracies=accuracies, measure=measure)
@@ -501,7 +505,9 @@ def evaluate(arguments: Arguments) -> int:
         report_on(trained, arguments.on, arguments.map)
     elif arguments.noise:
         assert arguments.run is not None, "checked by check_arguments"
-        report_noise(trained, RunFolder(arguments.run))
+        folder = RunFolder(arguments.run)
+        others = arguments.config, arguments.base, arguments.base_bits
+        report_noise(trained, folder, own_settings=not (folder.config.is_file() and any(others)))
     elif arguments.speed:
         report_speed(trained)
     elif arguments.export is None:

@@ -142,8 +142,8 @@ def train_epoch(
     compute: Compute,
     settings: TrainConfig,
     recorder: Recorder,
-    world: World = ALONE,
-    pseudo_labels: PseudoLabels | None = None,
+    world: World,
+    pseudo_labels: PseudoLabels | None,
 ) -> None:
     """One `train_step` for each `accumulation_steps` batches; ends early if the recorder is interrupted."""
     model.train()
@@ -159,7 +159,7 @@ def train_epoch(
 
 
 def evaluate_split(
-    model: nn.Module, inputs: Inputs, name: str, config: RunConfig, compute: Compute, world: World = ALONE
+    model: nn.Module, inputs: Inputs, name: str, config: RunConfig, compute: Compute, world: World
 ) -> tuple[Scores, Tensor]:
     """Scores and logits (texts, labels) of the split `name`, without dropout and gradients."""
     split, batch_size = inputs.splits[name], config.train.eval_batch_size

@@ -86,6 +86,8 @@ class AugmentationConfig:
             raise DataError(f"data.augmentation.n_aug is {self.n_aug!r}; it must be 0 or more")
         if not 0 <= self.alpha < 1:
             raise DataError(f"data.augmentation.alpha is {self.alpha!r}; it must be in [0, 1)")
+        if self.kind != AugmentationConfig.kind and self.n_aug == 0:
+            raise DataError(f"data.augmentation.kind is {self.kind!r}, but n_aug is 0; set data.augmentation.n_aug")
         if self.kind == "aeda" and self.alpha != AugmentationConfig.alpha:
             raise DataError(f"data.augmentation.alpha is {self.alpha:g}, but AEDA has no alpha; remove it")
 

@@ -35,57 +35,16 @@ _ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 _BESIDE = {key: row[max(0, i - 1) : i] + row[i + 1 : i + 2] for row in _ROWS for i, key in enumerate(row)}
 
 
-def typing_errors(texts: Sequence[str], severity: float, draw: random.Random) -> list[str]:
-    """One error in each run of two or more letters, with probability `severity`."""
-    return [_change(_LETTERS, _mistype, text, severity, draw) for text in texts]
+def _each(pattern: re.Pattern[str], change: Callable[[str, random.Random], str]) -> Corruption:
+    """The corruption that changes each match with probability `severity`, unless nothing of a text would be left."""
 
+    def corrupt(texts: Sequence[str], severity: float, draw: random.Random) -> list[str]:
+        def new(found: re.Match[str]) -> str:
+            return change(found[0], draw) if draw.random() < severity else found[0]
 
-def other_case(texts: Sequence[str], severity: float, draw: random.Random) -> list[str]:
-    """Each word in capitals, or without them if it has some, with probability `severity`."""
-    return [_change(_WORD, _recase, text, severity, draw) for text in texts]
+        return [changed if (changed := pattern.sub(new, text)).strip() else text for text in texts]
 
-
-def no_punctuation(texts: Sequence[str], severity: float, draw: random.Random) -> list[str]:
-    """Texts without some of their marks: each is left out with probability `severity`."""
-    return [_change(_MARK, _leave_out, text, severity, draw) for text in texts]
-
-
-def markup(texts: Sequence[str], severity: float, draw: random.Random) -> list[str]:
-    """HTML tags around each word, or a tag or entity after it, with probability `severity`."""
-    return [_change(_WORD, _mark_up, text, severity, draw) for text in texts]
-
-
-def lost_words(texts: Sequence[str], severity: float, draw: random.Random) -> list[str]:
-    """Texts without some of their words: each is left out with probability `severity`, but never all of them."""
-    return [_change(_WORD_AND_BLANKS, _leave_out, text, severity, draw) for text in texts]
-
-
-def truncation(texts: Sequence[str], severity: float, draw: random.Random) -> list[str]:
-    """The first max(1, round((1 - severity) n)) of the n words of each text; `draw` is not used."""
-    return [_truncate(text, severity) for text in texts]
-
-
-# What is drawn and printed, by name.
-CORRUPTIONS: dict[str, Corruption] = {
-    "typing errors": typing_errors,
-    "other case": other_case,
-    "no punctuation": no_punctuation,
-    "markup": markup,
-    "lost words": lost_words,
-    "truncation": truncation,
-}
-
-
-def _change(
-    pattern: re.Pattern[str],
-    change: Callable[[str, random.Random], str],
-    text: str,
-    severity: float,
-    draw: random.Random,
-) -> str:
-    """`text` with each match changed with probability `severity`, unless nothing would be left."""
-    changed = pattern.sub(lambda found: change(found[0], draw) if draw.random() < severity else found[0], text)
-    return changed if changed.strip() else text
+    return corrupt
 
 
 def _mistype(letters: str, draw: random.Random) -> str:
@@ -115,3 +74,26 @@ def _truncate(text: str, severity: float) -> str:
     words = list(_WORD.finditer(text))
     kept = max(1, round((1 - severity) * len(words)))
     return text[: words[kept].start()].rstrip() if kept < len(words) else text
+
+
+typing_errors = _each(_LETTERS, _mistype)
+other_case = _each(_WORD, _recase)
+no_punctuation = _each(_MARK, _leave_out)
+markup = _each(_WORD, _mark_up)
+lost_words = _each(_WORD_AND_BLANKS, _leave_out)
+
+
+def truncation(texts: Sequence[str], severity: float, draw: random.Random) -> list[str]:
+    """The first max(1, round((1 - severity) n)) of the n words of each text; `draw` is not used."""
+    return [_truncate(text, severity) for text in texts]
+
+
+# What is drawn and printed, by name.
+CORRUPTIONS: dict[str, Corruption] = {
+    "typing errors": typing_errors,
+    "other case": other_case,
+    "no punctuation": no_punctuation,
+    "markup": markup,
+    "lost words": lost_words,
+    "truncation": truncation,
+}

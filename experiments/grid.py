@@ -89,6 +89,8 @@ def expand(path: Path, overrides: dict[str, Any], seeds: int = 1) -> dict[str, R
         for field, value in zip(axes, combination, strict=True):
             _set(chosen, field, value, path)
             name += f"+{field.rpartition('.')[2]}={_label(value)}"
+        if name in configs:
+            raise ConfigError(f"{path}: two values give the name {name}; write one of them differently")
         configs[name] = parse_config(chosen, path)
     return configs
 

@@ -7,7 +7,6 @@ In test_accuracy.png run folders NAME-s0, NAME-s1, ... are the seeds of one conf
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -44,16 +43,18 @@ def plot(arguments: Arguments) -> int:
     if not arguments.runs:
         raise ConfigError("name at least one run folder")
     runs = [read_curves(RunFolder(path)) for path in arguments.runs]
+    names = [run.name for run in runs]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"two run folders are named {repeated[0]}; rename one")
     arguments.output.mkdir(parents=True, exist_ok=True)
     for metric, (_, _, unit) in METRICS.items():
         logged = [run for run in runs if (run.steps if unit == "step" else run.validations)]
         if logged:
             save_png(partial(draw_metric, runs=logged, metric=metric), arguments.output / f"{metric}.png", (7, 4.4))
     scores: dict[str, list[float]] = {}
-    for folder in map(RunFolder, arguments.runs):
-        if folder.is_complete():
-            accuracy = json.loads(folder.report.read_text(encoding="utf-8"))["test"]["accuracy"]
-            scores.setdefault(configuration_and_seed(folder.path.name)[0], []).append(100 * accuracy)
+    for run in runs:
+        if run.report and run.report["test"]:
+            scores.setdefault(configuration_and_seed(run.name)[0], []).append(100 * run.report["test"]["accuracy"])
     if scores:
         size = 4 + 0.08 * max(map(len, scores)), 1.2 + 0.32 * len(scores)
         save_png(partial(draw_scores, scores=scores), arguments.output / "test_accuracy.png", size)

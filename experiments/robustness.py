@@ -5,7 +5,7 @@
 
 Run folders NAME-s0, NAME-s1, ... are the seeds of one configuration. For each, the accuracy on the test texts, that by
 corruption as a mean over its severities, and the mean of all corruptions beside that of the first configuration's run
-with the same seed: equal seeds have equal training texts.
+with the same seed: with the same rows in [data], equal seeds have equal training texts.
 """
 
 from __future__ import annotations
@@ -68,6 +68,8 @@ def compare(arguments: Arguments) -> int:
     for run in arguments.runs:
         name, seed = configuration_and_seed(run.name)
         result = results.setdefault(name, Result(name, {}, {}))
+        if seed in result.clean:
+            raise ConfigError(f"{run}: a second run folder named {run.name}; rename one")
         for corruption, accuracies in _measured(run).items():
             result.clean[seed] = 100 * accuracies[0]
             result.corrupted.setdefault(corruption, {})[seed] = 100 * statistics.mean(accuracies[1:])
@@ -84,8 +86,10 @@ def _measured(run: Path) -> dict[str, list[float]]:
     path = run / "noise.json"
     try:
         measured = json.loads(path.read_text(encoding="utf-8"))
-        complete = [*measured] == [*CORRUPTIONS] and {len(each) for each in measured.values()} == {1 + len(SEVERITIES)}
-    except (OSError, ValueError, TypeError, AttributeError):
+        complete = [*measured] == [*CORRUPTIONS] and all(
+            [type(value) for value in values] == [float] * (1 + len(SEVERITIES)) for values in measured.values()
+        )
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         complete = False
     if not complete:
         raise ConfigError(f"{path}: missing or incomplete; run first: python evaluate.py {run} --noise")
@@ -95,11 +99,11 @@ def _measured(run: Path) -> dict[str, list[float]]:
 def summary(results: Sequence[Result]) -> str:
     """A Markdown table: means over the seeds; the last column with the standard error of the paired differences."""
     first = results[0]
-    heads = ["configuration", "clean", *first.corrupted, "mean", f"mean beside {escape_markdown(first.name)}"]
+    heads = ["configuration", "seeds", "clean", *first.corrupted, "mean", f"mean beside {escape_markdown(first.name)}"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in results:
         means = [row.clean, *row.corrupted.values(), row.mean]
-        cells = [f"{statistics.mean(each.values()):.2f}" for each in means]
+        cells = [str(len(row.clean)), *(f"{statistics.mean(each.values()):.2f}" for each in means)]
         paired = [row.mean[seed] - first.mean[seed] for seed in row.mean if seed in first.mean]
         beside = f"{statistics.mean(paired):+.2f}" if paired and row is not first else ""
         if beside and len(paired) > 1:

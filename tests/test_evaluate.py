@@ -535,6 +535,18 @@ def test_another_source_is_scored_by_a_map(command, finished, tmp_path):
         assert code == EXIT_BAD_INPUT and says in err and err.count("\n") == 1, (arguments, err)
 
 
+def test_how_a_run_was_computed_is_its_own_and_not_that_of_other_data(command, finished):
+    folder, line = finished
+    settings = (folder / "config.toml").read_text()
+    (folder / "data.toml").write_text(settings)
+    own = settings.replace('compile = "off"', 'compile = "cuda-graphs"').replace(
+        'precision = "auto"', 'precision = "bf16"'
+    )
+    (folder / "config.toml").write_text(own)
+    assert command(folder)[0] == 0, "nothing is compiled here"
+    assert ", bf16, from" in command(folder, "--config", folder / "data.toml", "--speed")[1]
+
+
 def test_noise_lowers_the_accuracy_from_that_of_the_test_split(command, finished, tiny_checkpoint):
     folder, line = finished
     (folder / "clean.toml").write_text((folder / "config.toml").read_text().replace("html = false", "html = true"))
@@ -550,6 +562,9 @@ def test_noise_lowers_the_accuracy_from_that_of_the_test_split(command, finished
         assert (given[0] / "plots" / "noise.png").is_file()
         kept = json.loads((given[0] / "noise.json").read_text())
         assert {name: [f"{100 * each:.2f}" for each in accuracies] for name, accuracies in kept.items()} == rows
+    code, out, _ = command(folder, "--noise", "--config", folder / "clean.toml")
+    assert code == 0 and out.endswith("not written: they are for the run's own settings\n")
+    assert json.loads((folder / "noise.json").read_text())["markup"][4] < kept["markup"][4]
 
 
 @pytest.fixture

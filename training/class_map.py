@@ -110,5 +110,7 @@ def map_texts(text: LabelledText, names: tuple[str, ...], path: Path | None) -> 
     if not pairs:
         raise ConfigError(f"{text.origin}: no test text has a class that is mapped; map others by --map FILE")
     split = Split([row for row, _ in pairs], [groups.index(class_map[label]) for _, label in pairs])
-    shown = (targets[0] if len(targets) == 1 else " or ".join(sources[targets]) for targets in groups)
+    shown = [targets[0] if len(targets) == 1 else " or ".join(sources[targets]) for targets in groups]
+    if repeated := [name for name in shown if shown.count(name) > 1]:
+        raise ConfigError(f"{path}: {repeated[0]!r} is a class of both sides; map it to that of the adapter, too")
     return MappedTexts(split, {name: [*map(names.index, group)] for name, group in zip(shown, groups, strict=True)})

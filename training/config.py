@@ -65,7 +65,7 @@ class TrainConfig:
     """The training loop."""
 
     epochs: int = 20
-    """Maximum number of passes over the training split."""
+    """Maximum number of passes over the training split; with unlabelled texts, over the larger of both."""
     patience: int = 3
     """Stop after this many epochs without a better validation accuracy (multi-label: micro F1); 0 never stops early."""
     batch_size: int = 32

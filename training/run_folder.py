@@ -10,6 +10,7 @@ report.json      final scores, counts, times
 report.html      the results on one page
 README.md        the model card
 plots/           the curves as images
+noise.json       accuracies on corrupted test texts, as evaluate.py --noise writes them
 tensorboard/     the content of metrics.jsonl for TensorBoard, with train.tensorboard
 """
 

@@ -187,9 +187,9 @@ def score(logits: torch.Tensor, labels: np.ndarray, label_names: tuple[str, ...]
 
 
 def confident_mistakes(
-    logits: torch.Tensor, labels: np.ndarray, texts: list[str], label_names: tuple[str, ...], number: int = 20
+    logits: torch.Tensor, labels: np.ndarray, texts: list[str], label_names: tuple[str, ...]
 ) -> list[dict[str, Any]]:
-    """The `number` misclassified texts with the highest predicted probability, in descending order.
+    """The 20 misclassified texts with the highest predicted probability, in descending order.
 
     Multi-label: the probability of the most certain of a text's wrong decisions, for a class or against it.
     """
@@ -202,7 +202,7 @@ def confident_mistakes(
     else:
         certainty = torch.softmax(logits, dim=1).amax(dim=1).numpy()
     worst = np.flatnonzero(wrong)
-    worst = worst[np.argsort(-certainty[worst], kind="stable")][:number]
+    worst = worst[np.argsort(-certainty[worst], kind="stable")][:20]
     true, predicted = (class_names(each[worst], label_names, ", ") for each in (labels, predicted))
     return [
         {"text": texts[row], "true": name, "predicted": other, "probability": float(certainty[row])}

@@ -1,6 +1,6 @@
 """New training texts by the checkpoint's own masked language model, after Wu et al. 2019.
 
-Of a text's l words, n = max(1, floor(alpha l)) as in EDA are masked together, and each is replaced by a sample of
+Of the l words of a text that can be replaced, n = max(1, floor(alpha l)) are masked together and become samples of
 
     p(w | the words that are not masked) = softmax of the model's logits at its place, over the entries of the
                                            vocabulary that are words
@@ -9,8 +9,8 @@ Source: Wu et al. 2019, "Conditional BERT Contextual Augmentation", section 3, w
 language model of Kobayashi 2018, "Contextual Augmentation", by BERT. Four differences: the model is not trained to see
 the label, as it is in both papers, so a replacement may contradict the label; the softmax has temperature 1, which is a
 parameter in Kobayashi's; a word is a single token of letters that begins with a space, where Wu et al. mask BERT's word
-pieces; n is EDA's. Words of several tokens stay, as does the first word, whose token in RoBERTa's vocabulary has no
-space.
+pieces; EDA's l counts all words. Words of several tokens stay, as does the first word, whose token in RoBERTa's
+vocabulary has no space.
 
 The new texts depend on (seed, epoch, row), and by rounding on the texts of the same pass.
 """

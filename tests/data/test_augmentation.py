@@ -223,6 +223,11 @@ def test_an_alpha_for_aeda_is_refused_by_name():
         AugmentationConfig("aeda", n_aug=1, alpha=0.05)
 
 
+def test_a_kind_without_new_texts_is_refused():
+    with pytest.raises(DataError, match=r"kind is 'aeda', but n_aug is 0; set data.augmentation.n_aug"):
+        AugmentationConfig("aeda")
+
+
 @pytest.mark.parametrize(("field", "value"), [("n_aug", -1), ("alpha", 1.0), ("alpha", -0.1), ("alpha", float("nan"))])
 def test_settings_out_of_range(field, value):
     with pytest.raises(DataError, match=f"data.augmentation.{field} is"):

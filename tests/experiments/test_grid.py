@@ -88,6 +88,7 @@ def test_an_override_without_field_or_value(text):
         ("[lora]\ntarget_modules = [[]]\n", "target_modules is empty"),
         ("[lora]\nrank = [4, 8, 4]\n", r"lora\.rank has the value 4 twice"),
         ("output = ['a', 'b']\n", "output can't be a grid"),
+        ("[data]\nsource = ['a/b', 'a-b']\n", r"two values give the name bad\+source=a-b"),
         ("[lora]\nrank = [4, 0]\n", "rank is 0"),
         ("[lora]\nrank = [4, 'x']\n", r"lora\.rank: .*not 'x'"),
         ("[lora]\nranks = [4, 8]\n", r"unknown field lora\.ranks"),

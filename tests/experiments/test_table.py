@@ -169,7 +169,9 @@ def test_the_command_line(tiny_config, tmp_path, monkeypatch, capsys):
     assert err.startswith("error: --shard x") and err.count("\n") == 1
 
 
-def test_curves_of_several_runs_in_one_plot(forks, no_curves, grid, tmp_path, capsys):
+def test_curves_of_several_runs_in_one_plot(forks, no_curves, grid, tmp_path, capsys, monkeypatch):
+    drawn: dict[str, list[float]] = {}
+    monkeypatch.setattr("experiments.plot.draw_scores", lambda axes, scores: drawn.update(scores))
     assert run(grid, tmp_path) == 0
     runs = sorted((tmp_path / "table" / "runs").iterdir())
     RunFolder(runs[0]).report.unlink()
@@ -178,8 +180,12 @@ def test_curves_of_several_runs_in_one_plot(forks, no_curves, grid, tmp_path, ca
     capsys.readouterr()
     assert plot(PlotArguments(tuple(runs), tmp_path / "plots")) == 0
     assert "grid+rank=2-s0: no validation scores yet" in capsys.readouterr().out
-    drawn = {"loss", "validation_loss", "accuracy", "recall", "test_accuracy"}
-    assert {path.stem for path in (tmp_path / "plots").iterdir()} >= drawn
+    files = {"loss", "validation_loss", "accuracy", "recall", "test_accuracy"}
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} >= files
+    tests = {path.name[:-3]: [json.loads((path / "report.json").read_text())["test"]["accuracy"]] for path in runs[1:]}
+    assert drawn == {name: [100 * accuracy for accuracy in accuracies] for name, accuracies in tests.items()}
+    with pytest.raises(ConfigError, match="two run folders are named"):
+        plot(PlotArguments((*runs, runs[1]), tmp_path / "plots"))
     with pytest.raises(ConfigError, match="not a run folder"):
         plot(PlotArguments((tmp_path,), tmp_path / "plots"))
 

@@ -55,6 +55,11 @@ def test_any_of_several_classes_of_the_adapter_is_right(write):
     assert mapped.group_logits(logits).argmax(dim=1).tolist() == [0, 0, 2, 0]
 
 
+def test_a_class_of_both_sides_is_not_two_groups_of_one_name(write):
+    with pytest.raises(ConfigError, match="'a' is a class of both sides; map it to that of the adapter, too"):
+        map_texts(labelled(("a", "b"), [0, 1]), ("x", "z", "a"), write('a = ["x", "z"]'))
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
