@@ -226,7 +226,7 @@ def train(config: RunConfig, world: World = ALONE) -> int:
             if recorder.interrupted:
                 break
             validation, logits = evaluate_split(model, inputs, "validation", config, compute, world)
-            if is_better(validation, state.best):
+            if settings.keep == "last" or is_better(validation, state.best):
                 state.best, state.best_epoch = validation, state.epoch
                 recorder.save_adapter(logits)
             recorder.end_epoch(validation)

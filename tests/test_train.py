@@ -141,6 +141,22 @@ def test_the_run_calls_lora_linear_on_query(run, tiny_config, monkeypatch):
     assert calls.count(True) == 11 and calls.count(False) > 0  # 86 rows in batches of 8, then validation and test
 
 
+def test_the_last_epoch_is_kept_where_too_few_texts_decide(run, tiny_config, tiny_data, monkeypatch):
+    monkeypatch.setattr("train.is_better", lambda scores, best: best is None)  # the first epoch is the best
+    options = (tiny_config, "--train.epochs", 2, "--overwrite")
+    folder = Path(read_config(tiny_config).output)
+    for keep, epoch, says, card in (
+        ("best", 1, "best epoch 1 by validation accuracy", "best by validation accuracy"),
+        ("last", 2, "\nepoch 2, the last; on the test split", "last"),
+    ):
+        code, out, _ = run(*options, "--train.patience", 0, "--train.keep", keep)
+        report = json.loads((folder / "report.json").read_text())
+        assert (code, report["best_epoch"]) == (0, epoch) and says in out
+        assert f"adapter of epoch {epoch}, the {card}." in (folder / "README.md").read_text()
+    code, _, err = run(*options, "--train.patience", 1, "--train.keep", "last")
+    assert code == EXIT_BAD_INPUT and 'train.keep = "last" needs all epochs; set train.patience = 0' in err
+
+
 def test_early_stopping_by_patience(run, tiny_config, tiny_data, monkeypatch):
     real_score, calls = train_module.score, []
 

@@ -68,6 +68,8 @@ class TrainConfig:
     """Maximum number of passes over the training split; with unlabelled texts, over the larger of both."""
     patience: int = 3
     """Stop after this many epochs without a better validation accuracy (multi-label: micro F1); 0 never stops early."""
+    keep: Literal["best", "last"] = "best"
+    """Whose adapter is kept: of the epoch with the best validation scores, or, if too few texts decide, of the last."""
     batch_size: int = 32
     """Texts in one forward pass; of unlabelled texts, unlabelled.ratio times as many."""
     accumulation_steps: int = 1
@@ -128,6 +130,8 @@ class TrainConfig:
         for name in ("patience", "weight_decay", "max_grad_norm", "r_drop", "tmix", "seed", "checkpoint_steps"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"train.{name} is {getattr(self, name)!r}; it must be 0 or more")
+        if self.keep == "last" and self.patience:
+            raise ConfigError('train.keep = "last" needs all epochs; set train.patience = 0')
         for name, off in (("r_drop", 0), ("compile", "off")):
             if self.tmix and getattr(self, name) != off:
                 raise ConfigError(f"train.tmix and train.{name} exclude each other; choose one")

@@ -65,7 +65,7 @@ def _facts(report: dict[str, Any]) -> dict[str, str]:
     trainable, total = report["trainable_parameters"], report["total_parameters"]
     return facts | {
         "trainable parameters": f"{trainable:,} ({100 * trainable / total:.2f} %)",
-        "epochs": f"{report['epochs_run']} (best: {report['best_epoch']})",
+        "epochs": f"{report['epochs_run']} (kept: {report['best_epoch']})",
         "wall time (min:s)": minutes(report["seconds"]),
         "peak memory": f"{report['peak_memory_bytes'] / 2**20:,.0f} MiB",
     }

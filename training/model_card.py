@@ -58,6 +58,7 @@ def write_model_card(folder: RunFolder) -> None:
         test=test,
         calibration=report.get("calibration"),
         best_epoch=report["best_epoch"],
+        keep=config["train"].get("keep", "best"),
         max_length=config["data"]["max_length"],
         windows=config["data"].get("windows", 1),
         cleaning=[step for step, on in config["data"]["cleaning"].items() if on],

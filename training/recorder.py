@@ -35,6 +35,8 @@ from training.scoring import Scores, confident_mistakes
 from training.setup import Inputs
 from training.unlabelled import PseudoLabels
 
+_KEPT = {"best": "best so far", "last": "last so far"}  # train.keep -> what an adapter on disk is
+
 
 class Recorder:
     """The run folder and the console of one run, and the state of its loop.
@@ -186,7 +188,7 @@ class Recorder:
         scores = {name: getattr(validation, name) for name in ("loss", "accuracy", "precision", "recall", "f1")}
         scores |= {f"micro_{name}": value for name, value in (validation.micro or {}).items()}
         self.folder.log(step=state.step, epoch=state.epoch, split="validation", **scores)
-        mark = "  (best so far)" if state.best_epoch == state.epoch else ""
+        mark = f"  ({_KEPT[self.config.train.keep]})" if state.best_epoch == state.epoch else ""
         say(
             f"epoch {state.epoch:>2}/{self.config.train.epochs}  "
             f"train loss {state.epoch_loss / state.epoch_steps:.4f}  validation loss {validation.loss:.4f}  "
@@ -247,13 +249,16 @@ class Recorder:
         folder.write_report(report)  # before the pages: a picture that fails takes no scores with it
         if test is None:
             epoch = report["epochs_run"]
-            kept = f"epoch {state.best_epoch}, the best so far" if state.best else f"step {state.step}"
+            by = _KEPT[self.config.train.keep]
+            kept = f"epoch {state.best_epoch}, the {by}" if state.best else f"step {state.step}"
             config = shlex.quote(str(folder.config))
             say(f"\ninterrupted in epoch {epoch} after step {state.step}; {folder.adapter} holds the adapter of {kept}")
             say(f"resume:  the same command with --resume, or {program('train.py')} {config} --resume")
         else:
             deciding = "accuracy" if test.micro is None else "micro F1"
-            say(f"\nbest epoch {state.best_epoch} by validation {deciding}, ties by loss; on the test split:\n")
+            best = f"best epoch {state.best_epoch} by validation {deciding}, ties by loss"
+            kept = best if self.config.train.keep == "best" else f"epoch {state.best_epoch}, the last"
+            say(f"\n{kept}; on the test split:\n")
             say(f"{test.table()}\n\n{test.summary()}")
             if calibration:
                 say(calibration.summary())
