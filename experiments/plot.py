@@ -75,7 +75,7 @@ def draw_scores(axes: Axes, scores: Mapping[str, Sequence[float]]) -> None:
         axes.plot(mean, y, "|", color=PALETTE[1], markersize=16, markeredgewidth=2)
         axes.annotate(f"{mean:.2f}", (1.01, y), xycoords=axes.get_yaxis_transform(), va="center", fontsize=8)
     axes.set_yticks(range(len(scores)), list(scores))
-    axes.invert_yaxis()
+    axes.set_ylim(len(scores) - 0.5, -0.5)  # the first on top
     axes.set(xlabel="test accuracy (%)", title="Each seed, and their mean")
     axes.grid(alpha=0.2)
 

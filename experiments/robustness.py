@@ -121,7 +121,7 @@ def draw(axes: Axes, results: Sequence[Result]) -> None:
             mark = {"color": PALETTE[i], "marker": markers[i], "markersize": 6, "linestyle": ""}
             axes.plot(statistics.mean(seeds.values()), y, label=label if y == 0 else None, **mark)
     axes.set_yticks(range(len(results)), [row.name for row in results])
-    axes.invert_yaxis()
+    axes.set_ylim(len(results) - 0.5, -0.5)  # the first on top
     axes.set(xlabel="test accuracy (%)", title="Corrupted test texts, mean over the severities")
     axes.grid(alpha=0.2)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
