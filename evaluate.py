@@ -367,7 +367,7 @@ def report_on(trained: Trained, source: str, path: Path | None) -> None:
 def report_noise(trained: Trained, folder: RunFolder, own_settings: bool) -> None:
     """Print the accuracy (multi-label: exact match) on the test texts by corruption and severity.
 
-    Of a run with its own settings it is also drawn and written.
+    With `own_settings`, those of the run itself, the accuracies are also drawn and written into the folder.
     """
     split = _test_split(trained)
     clean = _score(trained, split).accuracy

@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from experiments.grid import configuration_and_seed
 from training.command_line import parse_options, run_command
 from training.errors import ConfigError
-from training.plots import METRICS, PALETTE, draw_metric, read_curves, save_png
+from training.plots import METRICS, PALETTE, draw_metric, label_rows, read_curves, save_png
 from training.progress import say
 from training.run_folder import RunFolder
 
@@ -74,10 +74,7 @@ def draw_scores(axes: Axes, scores: Mapping[str, Sequence[float]]) -> None:
         axes.plot(accuracies, [y] * len(accuracies), "o", color=PALETTE[0], alpha=0.4, markersize=6)
         axes.plot(mean, y, "|", color=PALETTE[1], markersize=16, markeredgewidth=2)
         axes.annotate(f"{mean:.2f}", (1.01, y), xycoords=axes.get_yaxis_transform(), va="center", fontsize=8)
-    axes.set_yticks(range(len(scores)), list(scores))
-    axes.set_ylim(len(scores) - 0.5, -0.5)  # the first on top
-    axes.set(xlabel="test accuracy (%)", title="Each seed, and their mean")
-    axes.grid(alpha=0.2)
+    label_rows(axes, list(scores), "Each seed, and their mean")
 
 
 if __name__ == "__main__":

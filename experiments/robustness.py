@@ -4,13 +4,12 @@
     python -m experiments.robustness runs/table/runs/* --output runs/robustness
 
 Run folders NAME-s0, NAME-s1, ... are the seeds of one configuration. For each, the accuracy on the test texts, that by
-corruption as a mean over its severities, and the mean of all corruptions beside that of the first configuration's run
-with the same seed: with the same rows in [data], equal seeds have equal training texts.
+corruption as a mean over its severities, the mean of all corruptions, and its difference from that of the first
+configuration's run with the same seed: with the same rows in [data], equal seeds have equal training texts.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import statistics
 import sys
@@ -27,7 +26,7 @@ from experiments.grid import configuration_and_seed
 from training.command_line import parse_options, run_command
 from training.errors import ConfigError
 from training.pages import escape_markdown, write_text_atomic
-from training.plots import PALETTE, save_png
+from training.plots import MARKERS, PALETTE, label_rows, save_png
 from training.progress import say
 
 
@@ -99,31 +98,29 @@ def _measured(run: Path) -> dict[str, list[float]]:
 def summary(results: Sequence[Result]) -> str:
     """A Markdown table: means over the seeds; the last column with the standard error of the paired differences."""
     first = results[0]
-    heads = ["configuration", "seeds", "clean", *first.corrupted, "mean", f"mean beside {escape_markdown(first.name)}"]
+    heads = ["configuration", "seeds", "clean", *first.corrupted, "mean", f"mean minus {escape_markdown(first.name)}"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in results:
         means = [row.clean, *row.corrupted.values(), row.mean]
         cells = [str(len(row.clean)), *(f"{statistics.mean(each.values()):.2f}" for each in means)]
         paired = [row.mean[seed] - first.mean[seed] for seed in row.mean if seed in first.mean]
-        beside = f"{statistics.mean(paired):+.2f}" if paired and row is not first else ""
-        if beside and len(paired) > 1:
-            beside += f" ± {statistics.stdev(paired) / len(paired) ** 0.5:.2f}"
-        lines.append(f"| {escape_markdown(row.name)} | {' | '.join(cells)} | {beside} |")
+        difference = f"{statistics.mean(paired):+.2f}" if paired and row is not first else ""
+        if difference and len(paired) > 1:
+            difference += f" ± {statistics.stdev(paired) / len(paired) ** 0.5:.2f}"
+        lines.append(f"| {escape_markdown(row.name)} | {' | '.join(cells)} | {difference} |")
     return "\n".join(lines) + "\n"
 
 
 def draw(axes: Axes, results: Sequence[Result]) -> None:
     """A row per configuration: its accuracy as the texts are, and the mean of each corruption."""
-    markers = "os^DvP*X"
     for y, row in enumerate(results):
-        values = itertools.chain([row.clean], row.corrupted.values())
-        for i, (label, seeds) in enumerate(zip(["clean", *row.corrupted], values, strict=True)):
-            mark = {"color": PALETTE[i], "marker": markers[i], "markersize": 6, "linestyle": ""}
-            axes.plot(statistics.mean(seeds.values()), y, label=label if y == 0 else None, **mark)
-    axes.set_yticks(range(len(results)), [row.name for row in results])
-    axes.set_ylim(len(results) - 0.5, -0.5)  # the first on top
-    axes.set(xlabel="test accuracy (%)", title="Corrupted test texts, mean over the severities")
-    axes.grid(alpha=0.2)
+        marks = [("clean", row.clean, "black", "|")]
+        marks += [(name, of, PALETTE[i], MARKERS[i]) for i, (name, of) in enumerate(row.corrupted.items())]
+        for label, seeds, color, marker in marks:
+            x = statistics.mean(seeds.values())
+            size = 16 if label == "clean" else 6
+            axes.plot(x, y, marker, color=color, markersize=size, label=label if y == 0 else None)
+    label_rows(axes, [row.name for row in results], "Corrupted test texts, mean over the severities")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 

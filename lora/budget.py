@@ -46,9 +46,8 @@ def largest_rank(build: Callable[[], nn.Module], config: LoRAConfig, budget: int
 
     The count is linear in the rank, so two counts determine it. Raises what `inject_lora` raises.
     """
-    config = dataclasses.replace(
-        config, init="default", eva_config=EvaConfig()
-    )  # some start from even or from small ranks only
+    # Initialisations count no parameters, but some need an even or a small rank.
+    config = dataclasses.replace(config, init="default", eva_config=EvaConfig())
     one, two = (count_on_meta(build, dataclasses.replace(config, rank=rank), *others).trainable for rank in (1, 2))
     return 0 if one > budget or one == two else 1 + (budget - one) // (two - one)
 

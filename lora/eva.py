@@ -50,14 +50,20 @@ class IncrementalPCA:
         self.mean, self.singular_values, self.components = torch.zeros(()), torch.empty(0), torch.empty(0)
 
     def add(self, X: Tensor) -> None:
-        """Update the components by X (rows, in), float32; with fewer rows than components, leave it out."""
+        """Update the components by the n rows X (n, in), float32; with fewer rows than components, leave them out.
+
+            U S' V'^T = [S V^T; X - mean(X); sqrt(m n / (m + n)) (mean - mean(X))]      SVD of the stacked rows
+
+        m rows came before, with the mean `mean` (in,); S (r,) and V^T (r, in) are their singular values and components.
+        The r largest of S' and V' are kept (Ross et al. 2008).
+        """
         if (n := len(X)) < self.rank:
             return
         before = self.rows
         mean = (self.mean * before + X.sum(dim=0, dtype=torch.float64)) / (before + n)
         if before == 0:
             X = (X - mean).to(X.dtype)
-        else:  # S V^T has the covariance of all rows before; the shift is that of their mean
+        else:  # these have the scatter matrix of all m + n rows about their common mean, up to components left out
             shift = (before / (before + n) * n) ** 0.5 * (self.mean - X.mean(dim=0))
             X = torch.vstack((self.singular_values[:, None] * self.components, X - X.mean(dim=0), shift))
         with torch.random.fork_rng():

@@ -31,7 +31,7 @@ Draw = Callable[["Axes"], None]
 
 # Okabe & Ito's palette for colour-blind readers; the markers distinguish curves without colour.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D1F", "#6E6E6E")
-_MARKERS = "os^Dv<>p"
+MARKERS = "os^Dv<>p"
 _LINES = ("-", "--", ":", "-.")  # the ninth run has the first colour again, dashed
 _INK = "#010203"  # placeholder for the text colour of the page
 _MOST_NAMED = 60  # with more classes, names and numbers in a confusion matrix are too small to read
@@ -118,7 +118,7 @@ def draw_metric(axes: Axes, runs: Sequence[Curves], metric: str) -> None:
         if metric == "loss":
             axes.plot(x, y, color=colour, alpha=0.2, linewidth=1)
             y = smoothed(y)
-        marker = _MARKERS[i % len(_MARKERS)] if unit == "epoch" else None
+        marker = MARKERS[i % len(MARKERS)] if unit == "epoch" else None
         curves += axes.plot(x, y, color=colour, linestyle=style, marker=marker, markersize=4)
     axes.set(ylabel=label, title=title)
     _finish(axes, unit)
@@ -133,13 +133,21 @@ def draw_noise(
     """Draw the accuracy of a run, called `measure`, over the severity of each corruption of the test texts."""
     for i, (name, values) in enumerate(accuracies.items()):
         shares, percent = 100 * np.array(severities), 100 * np.array(values)
-        axes.plot(shares, percent, color=PALETTE[i], marker=_MARKERS[i], markersize=5, label=name)
+        axes.plot(shares, percent, color=PALETTE[i], marker=MARKERS[i], markersize=5, label=name)
     axes.set(
         xlabel="severity: words or marks corrupted (%)", ylabel=f"test {measure} (%)", title="Corrupted test texts"
     )
     axes.grid(alpha=0.2)
     lines = sorted(axes.get_lines(), key=lambda line: -line.get_ydata()[-1])  # as they end, from top to bottom
     axes.legend(handles=lines, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def label_rows(axes: Axes, names: Sequence[str], title: str) -> None:
+    """One row per name, the first on top, over the test accuracy in percent."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set(xlabel="test accuracy (%)", title=title)
+    axes.grid(alpha=0.2)
 
 
 def _finish(axes: Axes, unit: str) -> None:
@@ -179,7 +187,7 @@ def _scores(axes: Axes, run: Curves) -> None:
     labels |= {"micro_f1": "micro F1"} if "micro_f1" in run.validations[0] else {}  # of multi-label alone
     for i, (name, label) in enumerate(labels.items()):
         values = [100 * line[name] for line in run.validations]
-        axes.plot(epochs, values, color=PALETTE[i], marker=_MARKERS[i], markersize=5, label=label)
+        axes.plot(epochs, values, color=PALETTE[i], marker=MARKERS[i], markersize=5, label=label)
     axes.set_ylabel("validation score (%)")
     axes.set_title("Validation scores", pad=24)
     _finish(axes, "epoch")
@@ -247,7 +255,7 @@ def _reliability(axes: Axes, calibration: dict[str, Any]) -> None:
         curves.insert(0, ("bins_before", "error_before", "without temperature", 1))
     for key, error, name, i in curves:
         x, y, texts = _columns(calibration[key], "confidence", "accuracy", "texts")
-        style = {"color": PALETTE[i], "marker": _MARKERS[i]}
+        style = {"color": PALETTE[i], "marker": MARKERS[i]}
         label = f"{name}: error {calibration[error]:.3f}"
         axes.plot(100 * x, 100 * y, markersize=2, linewidth=1, label=label, **style)
         axes.scatter(100 * x, 100 * y, 200 * texts / texts.sum(), alpha=0.6, clip_on=False, **style)
