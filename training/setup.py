@@ -90,97 +90,52 @@ def load_inputs(config: RunConfig, world: World) -> Inputs:
 
     Raises ConfigError, DataError, CheckpointError or LoRAError for what can't be used.
     """
-    settings, augmentation = config.train, config.data.augmentation
+    text = _read_text(config, world)
     with world.main_first():
-        text = _with_unlabelled(config, load_source(config.data, settings.seed)).cleaned(config.data.cleaning)
+        checkpoint = fetch_checkpoint(config.model.checkpoint)
+    say(f"checkpoint  {checkpoint.origin}")
+    model_config, text, new_head = _configure_model(config, checkpoint, text)
+    _check_settings(config, model_config, world)  # before anything large is read
+    windows = config.data.windows, config.data.window_overlap
+    tokenizer = TextTokenizer.from_directory(checkpoint.directory, config.data.max_length, *windows)
+    tokenizer.check_fits(model_config, checkpoint.directory)
+    splits = _tokenize(config, checkpoint, text, tokenizer)
+
+    rows = (1 + config.data.augmentation.n_aug) * len(splits["train"].lengths)
+    ratio = config.unlabelled.ratio if config.unlabelled else 1
+    batches = batches_per_epoch(rows, config.train.batch_size, len(text.unlabelled), ratio)
+    steps_per_epoch = -(-batches // config.train.accumulation_steps)
+    return Inputs(text, checkpoint, model_config, tokenizer, splits, new_head, steps_per_epoch)
+
+
+def _read_text(config: RunConfig, world: World) -> LabelledText:
+    """The cleaned texts of a run. Raises ConfigError or DataError if the settings don't fit them."""
+    unlabelled, augmentation = config.unlabelled, config.data.augmentation
+    with world.main_first():
+        text = _with_unlabelled(config, load_source(config.data, config.train.seed)).cleaned(config.data.cleaning)
     multi_label = ", multi-label" if text.multi_label else ""
     say(f"data        {text.origin}")
     say(
         f"            {len(text.train.texts):,} texts to train on, {len(text.validation.texts):,} to validate, "
         f"{len(text.test.texts):,} to test, {len(text.label_names)} classes{multi_label}"
     )
-    if multi_label and settings.class_weights != "none":
+    if multi_label and config.train.class_weights != "none":
         raise ConfigError(
             'train.class_weights weights texts of one class each, and the data is multi-label; set "none"'
         )
-    if config.unlabelled is not None:
-        ratio = config.unlabelled.ratio
-        say(f"            {len(text.unlabelled):,} unlabelled texts, {ratio} per labelled text of a batch")
+    if unlabelled is not None:
+        say(f"            {len(text.unlabelled):,} unlabelled texts, {unlabelled.ratio} per labelled text of a batch")
     for note in (f"training texts per class: {text.class_counts()}", *text.notes):
         say(f"            {note}")
     if augmentation.n_aug:
-        if augmentation.kind != "mlm":  # which is checked on tokens below
+        if augmentation.kind != "mlm":  # which is checked on tokens
             check_texts(text.train.texts, text.origin, augmentation.kind)
         alpha = f", alpha {augmentation.alpha:g}" if augmentation.kind != "aeda" else ""
         say(f"            {augmentation.kind.upper()}: {augmentation.n_aug} new texts of each training text{alpha}")
-
-    if config.unlabelled is not None and config.unlabelled.method != "pseudo_label":
-        where = text.origin if config.unlabelled.source == "rest" else config.unlabelled.source
+    if unlabelled is not None and unlabelled.method != "pseudo_label":
+        where = text.origin if unlabelled.source == "rest" else unlabelled.source
         check_texts(text.unlabelled, where, "eda", 'set unlabelled.method = "pseudo_label"')
-
-    with world.main_first():
-        checkpoint = fetch_checkpoint(config.model.checkpoint)
-    say(f"checkpoint  {checkpoint.origin}")
-    dropouts = {
-        "hidden_dropout_prob": config.model.hidden_dropout,
-        "attention_probs_dropout_prob": config.model.attention_dropout,
-        "classifier_dropout": config.model.classifier_dropout,
-    }
-    changed = {name: value for name, value in dropouts.items() if value is not None}
-    model_config = RobertaConfig.from_file(checkpoint.directory / "config.json")
-    head = head_of(checkpoint.directory)
-    new_head = config.model.new_head or head != "ours"
-    if new_head:
-        unused = {"none": "", "ours": "; the checkpoint's is not used"}
-        say(f"head        new{unused.get(head, f'; not used of the checkpoint: {head}')}")
-    else:
-        say("head        read from the checkpoint")
-        names = model_config.label_names
-        text = match_classes(text, names, "the checkpoint", fix="rename the labels, or add --model.new-head")
-    # The data decides: a head that the checkpoint already has is trained further by the loss that fits the labels.
-    kind = "multi_label_classification" if text.multi_label else "single_label_classification"
-    model_config = dataclasses.replace(model_config, label_names=text.label_names, problem_type=kind, **changed)
-    if settings.r_drop:
-        check_dropout(model_config, config.methods)
-        say(f"R-Drop      each text twice in a step, alpha {settings.r_drop:g}")
-    if settings.tmix:
-        if settings.batch_size <= world.size:
-            raise ConfigError("train.tmix mixes texts of a batch, of which a process has one; raise train.batch_size")
-        layers = " or ".join(map(str, mix_layers(model_config.num_hidden_layers)))
-        say(f"TMix        texts mixed in pairs after layer {layers}, alpha {settings.tmix:g}")
-    check_budget(model_config, config.methods, settings.max_trainable)  # before anything large is read
-    virtual = sum(method.num_virtual_tokens for method in config.methods)
-    if config.data.max_length + virtual > model_config.max_length:
-        raise ConfigError(
-            f"data.max_length is {config.data.max_length}{f', with {virtual} virtual tokens' if virtual else ''}, but "
-            f"the checkpoint has positions for {model_config.max_length} tokens; lower it"
-        )
-    windows = config.data.windows, config.data.window_overlap
-    tokenizer = TextTokenizer.from_directory(checkpoint.directory, config.data.max_length, *windows)
-    tokenizer.check_fits(model_config, checkpoint.directory)
-    if augmentation.n_aug and augmentation.kind == "mlm" and ("lm_head" not in head or tokenizer.mask_token_id is None):
-        raise ConfigError(
-            f"{checkpoint.directory}: has no lm_head or no <mask>, so data.augmentation.kind can't be mlm; choose "
-            "another checkpoint or kind"
-        )
-
-    splits = {
-        name: encode_split(getattr(text, name), tokenizer, description=f"tokenizing {name}")
-        for name in ("train", "validation", "test")
-    }
-    if config.unlabelled is not None:
-        unlabelled = Split([*text.unlabelled], [0] * len(text.unlabelled))
-        splits["unlabelled"] = encode_split(unlabelled, tokenizer, description="tokenizing unlabelled texts")
-    say(f"            {describe_long([*splits.values()], tokenizer)}")
-    if unknown := sum(int((split.input_ids == tokenizer.unk_token_id).sum()) for split in splits.values()):
-        total = sum(len(split.input_ids) for split in splits.values())
-        say(f"            {unknown:,} of {total:,} tokens are unknown to the tokenizer")
-    if augmentation.n_aug and augmentation.kind == "mlm":
-        check_words(splits["train"], tokenizer.entries, text.origin)
-    rows, ratio = (1 + augmentation.n_aug) * len(splits["train"].lengths), getattr(config.unlabelled, "ratio", 1)
-    batches = batches_per_epoch(rows, settings.batch_size, len(text.unlabelled), ratio)
-    steps_per_epoch = -(-batches // settings.accumulation_steps)
-    return Inputs(text, checkpoint, model_config, tokenizer, splits, new_head, steps_per_epoch)
+    return text
 
 
 def _with_unlabelled(config: RunConfig, text: LabelledText) -> LabelledText:
@@ -204,6 +159,52 @@ def _with_unlabelled(config: RunConfig, text: LabelledText) -> LabelledText:
     return dataclasses.replace(text, unlabelled=tuple(texts), notes=tuple(notes))
 
 
+def _configure_model(
+    config: RunConfig, checkpoint: Checkpoint, text: LabelledText
+) -> tuple[RobertaConfig, LabelledText, bool]:
+    """The model's configuration, the text with the classes of its head, and whether that head is new."""
+    dropouts = {
+        "hidden_dropout_prob": config.model.hidden_dropout,
+        "attention_probs_dropout_prob": config.model.attention_dropout,
+        "classifier_dropout": config.model.classifier_dropout,
+    }
+    changed = {name: value for name, value in dropouts.items() if value is not None}
+    model_config = RobertaConfig.from_file(checkpoint.directory / "config.json")
+    head = head_of(checkpoint.directory)
+    new_head = config.model.new_head or head != "ours"
+    if new_head:
+        unused = {"none": "", "ours": "; the checkpoint's is not used"}
+        say(f"head        new{unused.get(head, f'; not used of the checkpoint: {head}')}")
+    else:
+        say("head        read from the checkpoint")
+        names = model_config.label_names
+        text = match_classes(text, names, "the checkpoint", fix="rename the labels, or add --model.new-head")
+    # The data decides: a head that the checkpoint already has is trained further by the loss that fits the labels.
+    kind = "multi_label_classification" if text.multi_label else "single_label_classification"
+    model_config = dataclasses.replace(model_config, label_names=text.label_names, problem_type=kind, **changed)
+    return model_config, text, new_head
+
+
+def _check_settings(config: RunConfig, model_config: RobertaConfig, world: World) -> None:
+    """Raise ConfigError or LoRAError if R-Drop, TMix, the budget or the length don't fit the model; say what is on."""
+    settings = config.train
+    if settings.r_drop:
+        check_dropout(model_config, config.methods)
+        say(f"R-Drop      each text twice in a step, alpha {settings.r_drop:g}")
+    if settings.tmix:
+        if settings.batch_size <= world.size:
+            raise ConfigError("train.tmix mixes texts of a batch, of which a process has one; raise train.batch_size")
+        layers = " or ".join(map(str, mix_layers(model_config.num_hidden_layers)))
+        say(f"TMix        texts mixed in pairs after layer {layers}, alpha {settings.tmix:g}")
+    check_budget(model_config, config.methods, settings.max_trainable)
+    virtual = sum(method.num_virtual_tokens for method in config.methods)
+    if config.data.max_length + virtual > model_config.max_length:
+        raise ConfigError(
+            f"data.max_length is {config.data.max_length}{f', with {virtual} virtual tokens' if virtual else ''}, but "
+            f"the checkpoint has positions for {model_config.max_length} tokens; lower it"
+        )
+
+
 def check_dropout(model: RobertaConfig, methods: Iterable[MethodConfig]) -> None:
     """Raise ConfigError if no dropout is on: R-Drop's two passes would then be the same."""
     rates = [model.hidden_dropout_prob, model.attention_probs_dropout_prob, model.classifier_dropout]
@@ -213,6 +214,32 @@ def check_dropout(model: RobertaConfig, methods: Iterable[MethodConfig]) -> None
             "train.r_drop compares two passes with other dropout masks, but no dropout is on; "
             "set model.hidden_dropout, or train.r_drop = 0"
         )
+
+
+def _tokenize(
+    config: RunConfig, checkpoint: Checkpoint, text: LabelledText, tokenizer: TextTokenizer
+) -> dict[str, EncodedSplit]:
+    """`Inputs.splits`. Raises ConfigError or DataError if masked language modelling can't replace words of them."""
+    mlm = config.data.augmentation.n_aug > 0 and config.data.augmentation.kind == "mlm"
+    if mlm and ("lm_head" not in head_of(checkpoint.directory) or tokenizer.mask_token_id is None):
+        raise ConfigError(
+            f"{checkpoint.directory}: has no lm_head or no <mask>, so data.augmentation.kind can't be mlm; choose "
+            "another checkpoint or kind"
+        )
+    splits = {
+        name: encode_split(getattr(text, name), tokenizer, description=f"tokenizing {name}")
+        for name in ("train", "validation", "test")
+    }
+    if config.unlabelled is not None:
+        unlabelled = Split([*text.unlabelled], [0] * len(text.unlabelled))
+        splits["unlabelled"] = encode_split(unlabelled, tokenizer, description="tokenizing unlabelled texts")
+    say(f"            {describe_long([*splits.values()], tokenizer)}")
+    if unknown := sum(int((split.input_ids == tokenizer.unk_token_id).sum()) for split in splits.values()):
+        total = sum(len(split.input_ids) for split in splits.values())
+        say(f"            {unknown:,} of {total:,} tokens are unknown to the tokenizer")
+    if mlm:
+        check_words(splits["train"], tokenizer.entries, text.origin)
+    return splits
 
 
 def load_base(directory: Path, config: RobertaConfig, new_head: bool, bits: int) -> RobertaForSequenceClassification:
