@@ -35,8 +35,9 @@ from data.assets import TOKENIZER_FILES, fetch_checkpoint
 from data.batching import Batch, EncodedSplit, describe_long, encode_split, evaluation_batches, joined
 from data.cleaning import make_cleaner
 from data.errors import DataError
+from data.files import listed
 from data.noise import CORRUPTIONS, SEVERITIES
-from data.sources import LabelledText, Split, listed, load_source, read_unlabelled
+from data.sources import LabelledText, Split, load_source, read_unlabelled
 from lora.files import atomic_write
 from lora.inject import merge_lora, unload_lora
 from lora.peft_format import adapter_folders, adapter_shapes, load_adapter, read_base_model
@@ -45,7 +46,7 @@ from lora.several import Several, share_base
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
 from roberta.tokenizer import TextTokenizer
-from roberta.weights import has_head, refuse_regression, save_checkpoint
+from roberta.weights import head_of, refuse_regression, save_checkpoint
 from training.calibration import abstention_summary, calibrate, probabilities, read_temperature
 from training.class_map import load_other, map_texts
 from training.classes import match_classes, numbered
@@ -173,7 +174,7 @@ def load_trained(arguments: Arguments) -> Trained:
     model_config = dataclasses.replace(model_config, label_names=labels, problem_type=problem_type)
     head_in_adapter = {name for name in shapes if name.startswith("classifier.")}
     head = {f"classifier.{layer}.{kind}" for layer in ("dense", "out_proj") for kind in ("weight", "bias")}
-    new_head = not has_head(checkpoint.directory) or head_in_adapter >= head
+    new_head = head_of(checkpoint.directory) != "ours" or head_in_adapter >= head
     if head_in_adapter >= head:
         described = own if own.is_file() else checkpoint.directory / "config.json"
         refuse_regression(described, shapes["classifier.out_proj.weight"])
@@ -471,6 +472,47 @@ def check_arguments(arguments: Arguments) -> None:
         raise ConfigError("--speed measures both, merged and not; leave --merged and --export out")
 
 
+def report_classes(adapters: dict[str, Trained], texts: Sequence[str], abstain: float | None) -> None:
+    """Print the most likely classes of each text, by each adapter."""
+    for adapter, one in adapters.items():
+        count, whose = len(one.label_names), f" by {adapter}" if adapter else ""
+        each = ", multi-label: one does not exclude another" if one.model.config.multi_label else ""
+        say(f"            the {min(4, count)} most likely of {count} classes{whose}, with probabilities{each}")
+    width = max(map(len, adapters))
+    for text, *rows in zip(texts, *classify([*adapters.values()], texts), strict=True):
+        for (adapter, one), row in zip(adapters.items(), rows, strict=True):
+            order = row.argsort(descending=True)[:4].tolist()
+            answers = "  ".join(f"{one.label_names[i]} {row[i]:.3f}" for i in order)
+            if abstain is not None and row.max() < abstain:
+                answers = f"undecided  {answers}"
+            say(f"{adapter:<{width}}{'  ' if adapter else ''}{answers}   {text[:80]}")
+
+
+def report_test(trained: Trained, abstain: float | None) -> None:
+    """Print the scores of the test split."""
+    split = _encode(trained, _test_split(trained))
+    logits = _logits(trained, split)
+    scores = score(logits, split.labels, trained.label_names)
+    say(f"\n{scores.table()}\n\n{scores.summary()}")
+    if not trained.model.config.multi_label:
+        say(calibrate(logits, split.labels, trained.temperature).summary())
+    if abstain is not None:
+        say(abstention_summary(logits, split.labels, trained.temperature, abstain))
+
+
+def export(trained: Trained, folder: Path) -> None:
+    """Write the merged model as a checkpoint folder that gives the same probabilities."""
+    if trained.temperature != 1:
+        say(f"divided     the last layer by the temperature: logits are z / {trained.temperature:.3f}")
+    plain = unload_lora(trained.model).cpu()
+    for parameter in plain.classifier.out_proj.parameters():
+        parameter.data /= trained.temperature  # so that softmax(logits) are the probabilities given here
+    save_checkpoint(plain, folder, trained.tokenizer)
+    say(f"exported    {folder}: open it with transformers' AutoModelForSequenceClassification")
+    if trained.tokenizer.windows > 1:
+        say("            windows are not part of it: average the logits of a long text's windows yourself")
+
+
 def evaluate(arguments: Arguments) -> int:
     """Run what the arguments ask for; returns the exit code."""
     check_arguments(arguments)
@@ -487,18 +529,7 @@ def evaluate(arguments: Arguments) -> int:
         say("merged      the adapters are folded into the weights")
 
     if texts:
-        for adapter, one in adapters.items():
-            count, whose = len(one.label_names), f" by {adapter}" if adapter else ""
-            each = ", multi-label: one does not exclude another" if one.model.config.multi_label else ""
-            say(f"            the {min(4, count)} most likely of {count} classes{whose}, with probabilities{each}")
-        width = max(map(len, adapters))
-        for text, *rows in zip(texts, *classify([*adapters.values()], texts), strict=True):
-            for (adapter, one), row in zip(adapters.items(), rows, strict=True):
-                order = row.argsort(descending=True)[:4].tolist()
-                answers = "  ".join(f"{one.label_names[i]} {row[i]:.3f}" for i in order)
-                if arguments.abstain is not None and row.max() < arguments.abstain:
-                    answers = f"undecided  {answers}"
-                say(f"{adapter:<{width}}{'  ' if adapter else ''}{answers}   {text[:80]}")
+        report_classes(adapters, texts, arguments.abstain)
     elif arguments.predict is not None:
         write_predictions(adapters, arguments)
     elif arguments.on is not None:
@@ -511,25 +542,9 @@ def evaluate(arguments: Arguments) -> int:
     elif arguments.speed:
         report_speed(trained)
     elif arguments.export is None:
-        split = _encode(trained, _test_split(trained))
-        logits = _logits(trained, split)
-        scores = score(logits, split.labels, trained.label_names)
-        say(f"\n{scores.table()}\n\n{scores.summary()}")
-        if not trained.model.config.multi_label:
-            say(calibrate(logits, split.labels, trained.temperature).summary())
-        if arguments.abstain is not None:
-            say(abstention_summary(logits, split.labels, trained.temperature, arguments.abstain))
-
+        report_test(trained, arguments.abstain)
     if arguments.export is not None:
-        if trained.temperature != 1:
-            say(f"divided     the last layer by the temperature: logits are z / {trained.temperature:.3f}")
-        plain = unload_lora(trained.model).cpu()
-        for parameter in plain.classifier.out_proj.parameters():
-            parameter.data /= trained.temperature  # so that softmax(logits) are the probabilities given here
-        save_checkpoint(plain, arguments.export, trained.tokenizer)
-        say(f"exported    {arguments.export}: open it with transformers' AutoModelForSequenceClassification")
-        if trained.tokenizer.windows > 1:
-            say("            windows are not part of it: average the logits of a long text's windows yourself")
+        export(trained, arguments.export)
     return 0
 
 

@@ -151,8 +151,8 @@ def train_epoch(
     while group := list(islice(remaining, settings.accumulation_steps)):
         world.seed(settings.seed, recorder.state.step)  # of several processes each draws its own dropout masks
         learning_rate = float(schedule.get_last_lr()[0])
-        values = settings.max_grad_norm, world, settings.r_drop, settings.tmix, pseudo_labels
-        loss = train_step(model, group, optimizer, schedule, scaler, compute, *values)
+        clip, r_drop, tmix = settings.max_grad_norm, settings.r_drop, settings.tmix
+        loss = train_step(model, group, optimizer, schedule, scaler, compute, clip, world, r_drop, tmix, pseudo_labels)
         recorder.record_step(loss, learning_rate, group)
         if recorder.interrupted:
             return

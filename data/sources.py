@@ -508,15 +508,14 @@ def _assemble(
             raise DataError(f"data.train_rows is {config.train_rows}, but {origin} has {len(train_split.labels)}")
         if config.train_rows < len(train_split.labels):
             rest, train_split = _take_out(train_split, config.train_rows, seed, origin)
-    known: set[str] = set()
-    for name, texts, before in (
-        ("validation", validation_split.texts, train_split.texts),
-        ("test", test_split.texts, validation_split.texts),
+    known = {*train_split.texts}
+    for name, before, texts in (
+        ("validation", "training", validation_split.texts),
+        ("test", "training or validation", test_split.texts),
     ):
-        known.update(before)
         if shared := sum(text in known for text in texts):
-            what = "training" if name == "validation" else "training or validation"
-            notes = (*notes, f"{shared:,} of the {len(texts):,} {name} texts are also {what} texts")
+            notes = (*notes, f"{shared:,} of the {len(texts):,} {name} texts are also {before} texts")
+        known.update(texts)
     return LabelledText(train_split, validation_split, test_split, names, origin, tuple(notes), tuple(rest.texts))
 
 

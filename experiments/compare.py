@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -24,12 +23,11 @@ import tyro
 from matplotlib.axes import Axes
 
 from experiments.grid import Planned, parse_override, plan
-from experiments.results import escape_markdown
 from experiments.table import Arguments as TableArguments
 from experiments.table import run_table
 from training.command_line import parse_options, run_command
 from training.errors import ConfigError
-from training.pages import write_text_atomic
+from training.pages import escape_markdown, write_text_atomic
 from training.plots import PALETTE, save_png
 from training.progress import say
 from training.run_folder import RunFolder
@@ -90,7 +88,7 @@ def compare(arguments: Arguments) -> int:
     if code := run_table(list(itertools.chain(*trials)), table):
         return code
     best = [max(group, key=partial(_validation, arguments.output)) for group in trials]
-    finals = [_seeded(run, seed) for run in best for seed in range(arguments.seeds)]
+    finals = [run.seeded(i) for run in best for i in range(arguments.seeds)]
     if code := run_table(finals, table):  # the trial is the run with the first seed
         return code
     results = [_result(arguments.output, run, arguments.seeds) for run in best]
@@ -107,13 +105,8 @@ def _scaled(run: Planned, factor: float) -> Planned:
     return Planned(f"{run.name}+learning_rate={rate:g}", dataclasses.replace(run.config, train=train))
 
 
-def _seeded(run: Planned, seed: int) -> Planned:
-    train = dataclasses.replace(run.config.train, seed=run.config.train.seed + seed)
-    return Planned(run.name, dataclasses.replace(run.config, train=train))
-
-
 def _report(folder: Path, run: Planned) -> dict:
-    return json.loads(RunFolder(folder / "runs" / run.folder).report.read_text(encoding="utf-8"))
+    return RunFolder(folder / "runs" / run.folder).read_report()
 
 
 def _validation(folder: Path, run: Planned) -> tuple[float, float]:
@@ -123,7 +116,7 @@ def _validation(folder: Path, run: Planned) -> tuple[float, float]:
 
 
 def _result(folder: Path, run: Planned, seeds: int) -> Result:
-    runs = [_seeded(run, seed) for seed in range(seeds)]
+    runs = [run.seeded(i) for i in range(seeds)]
     reports = [_report(folder, each) for each in runs]
     files = RunFolder(folder / "runs" / runs[0].folder).adapter.rglob("*.safetensors")
     return Result(

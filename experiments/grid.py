@@ -34,6 +34,11 @@ class Planned:
         """Name of the run folder, unique for a configuration and a seed."""
         return f"{self.name}-s{self.config.train.seed}"
 
+    def seeded(self, i: int) -> Planned:
+        """The same configuration with a seed higher by `i`."""
+        train = dataclasses.replace(self.config.train, seed=self.config.train.seed + i)
+        return Planned(self.name, dataclasses.replace(self.config, train=train))
+
 
 def configuration_and_seed(folder: str) -> tuple[str, str]:
     """The two parts of a run folder's name as `Planned` gives it. Another name is a configuration without a seed."""
@@ -59,8 +64,7 @@ def plan(paths: list[Path], overrides: dict[str, Any], seeds: int) -> list[Plann
     for file in files:
         for name, config in expand(file, overrides, seeds).items():
             for i in range(seeds):
-                train = dataclasses.replace(config.train, seed=config.train.seed + i)
-                run = Planned(name, dataclasses.replace(config, train=train))
+                run = Planned(name, config).seeded(i)
                 if run.folder in runs:
                     raise ConfigError(f"{file}: a second configuration named {name}; rename the file")
                 runs[run.folder] = run

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 import os
 import statistics
 from collections.abc import Sequence
@@ -81,7 +80,7 @@ def _row(group: list[Planned], runs: Path, limit: int) -> Row:
     )
     if not finished:
         return row
-    reports = [json.loads(folder.report.read_text(encoding="utf-8")) for folder in finished]
+    reports = [folder.read_report() for folder in finished]
 
     def mean(key: str) -> float:
         return statistics.mean(report[key] for report in reports)

@@ -9,7 +9,6 @@ folder of the table contains configs/ (what was run), logs/, runs/ (one run fold
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -117,7 +116,7 @@ def _run_all(pending: list[Planned], arguments: Arguments, failed: dict[str, str
                 del running[slot]
                 folder = _run_folder(output, run)
                 if process.returncode == 0 and folder.is_complete():
-                    report = json.loads(folder.report.read_text(encoding="utf-8"))
+                    report = folder.read_report()
                     outcome = f"{100 * report['test']['accuracy']:.2f} %"
                 else:
                     log = _log(output, run).read_text(encoding="utf-8", errors="replace")

@@ -26,7 +26,7 @@ class Adapter(nn.Module):
     """
 
     method: ClassVar[str]
-    """Name of the method, for tables."""
+    """Name of the method, for tables; a file is loaded into adapters of the same name only."""
     peft_keys: ClassVar[dict[str, str]]
     """Maps the name of each of the adapter's parameters to the suffix of its key in peft's file."""
     config: Any = None

@@ -57,7 +57,7 @@ def wrap_targets(model: nn.Module, *configs: MethodConfig) -> nn.Module:
 
     model.requires_grad_(False)  # everything; the adapters' parameters are not in the model yet, and are trainable
     for name in sorted(made, key=lambda name: -name.count(".")):  # a module inside another target first
-        _replace(model, name, made[name])
+        model.set_submodule(name, made[name])
     for parameter in trained:
         parameter.requires_grad_(True)
     model.adapter_configs = configs  # type: ignore[assignment]  # nn.Module holds plain attributes too
@@ -91,12 +91,6 @@ def drop_encoders(model: nn.Module) -> None:
         adapter.drop_encoder()
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace the submodule `name` of `model` by `module`."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
 def merge_lora(model: nn.Module) -> None:
     """Merge every adapter into its frozen layer, in place.
 
@@ -125,7 +119,7 @@ def unload_lora(model: nn.Module) -> nn.Module:
     """
     found = [(name, module.base) for name, module in model.named_modules() if isinstance(module, Adapter)]
     for name, base in reversed(found):  # a module inside another target first
-        _replace(model, name, base)
+        model.set_submodule(name, base)
     if hasattr(model, "adapter_configs"):
         del model.adapter_configs
     return model

@@ -22,13 +22,9 @@ from lora.adapter import Adapter
 class LoRALinear(Adapter):
     """An `nn.Linear` (`base`, frozen) with a trainable update of rank `rank`.
 
-        y = base(x) + scaling * dropout(x) A^T B^T
-
-    A is drawn Kaiming-uniform with a = sqrt(5), that is uniform in +-1/sqrt(in), and B is zero, as in the authors' code
-    and in peft (the paper draws A from a Gaussian).
-
+    A and B start as in the authors' code and in peft (the paper draws A from a Gaussian).
     `use_rslora` scales by alpha / sqrt(rank), which keeps the size of the update independent of the rank.
-    Source: Hu et al. 2021, section 4.1; Kalajdzievski 2023, "A Rank Stabilization Scaling Factor", theorem 3.2.
+    Source: Kalajdzievski 2023, "A Rank Stabilization Scaling Factor", theorem 3.2.
     """
 
     method = "LoRA"

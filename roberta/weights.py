@@ -23,6 +23,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -65,46 +66,15 @@ def load_checkpoint(
     directory = Path(directory)
     path = weights_path(directory)
     config = config or RobertaConfig.from_file(directory / CONFIG_NAME)
-    bert = config.model_type == "bert"
     with torch.device("meta"):  # shapes without memory: nothing is initialised only to be overwritten
         model = RobertaForSequenceClassification(config)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     with open_weights(directory) as weights:
-        if unmerged := next(filter(_UNMERGED.search, weights), None):
-            fix = "call merge_and_unload() and save it again"
-            raise CheckpointError(f"{path}: holds {unmerged}, of a peft model that is not merged; {fix}")
-        names = {key: name for key in weights if (name := _parameter_name(key)) is not None}
-        keys = {name: key for key, name in names.items()}
-        _refuse(path, "has another key for the parameter of", names.keys() - keys.values(), "it mixes two models")
-        draw_head = new_head or not any(name.startswith("classifier.") for name in keys)
-        if draw_head:
-            keys = {name: key for name, key in keys.items() if not name.startswith("classifier.")}
-            shapes = {name: shape for name, shape in shapes.items() if not name.startswith("classifier.")}
-        _refuse(path, "lacks", set(shapes) - set(keys), "it is not a complete RoBERTa or BERT model")
-        unexpected = {keys[name] for name in set(keys) - set(shapes)}
-        _refuse(path, "holds unexpected", unexpected, "it is from another architecture")
-        kinds = [f"{key} ({kind})" for key, kind in non_float_tensors(weights).items() if key in keys.values()]
-        _refuse(path, "holds no floating-point numbers in", kinds, "use a checkpoint in 16 or 32 bits")
-        if not draw_head:
-            key = keys["classifier.out_proj.weight"]
-            refuse_regression(directory / CONFIG_NAME, weights[key].get_slice(key).get_shape())
-        # From the file's header, before memory is allocated: config.json may state any size.
-        wrong = []
-        for name, key in keys.items():
-            found, wanted = weights[key].get_slice(key).get_shape(), list(shapes[name])
-            if bert and name == _POSITIONS:
-                wanted[0] -= config.pad_token_id + 1
-            elif bert and name == _TOKEN_TYPES and found:
-                wanted[0] = max(1, found[0])
-            if found != wanted:
-                wrong.append(f"{key} ({found}, not {wanted})")
-        _refuse(path, "has the wrong shape in", wrong, "config.json describes another model")
-
+        keys = _matching_keys(path, weights, model, config, new_head)
         on_meta(model)
         _refuse_larger_than_memory(path, sum(parameter.nbytes for parameter in model.parameters()))
         model.to_empty(device="cpu")
         parameters = dict(model.named_parameters())
-        if draw_head:
+        if not any(name.startswith("classifier.") for name in keys):
             _initialise_head(model.classifier, config)
         broken = []
         for name, key in keys.items():
@@ -113,11 +83,50 @@ def load_checkpoint(
             if not all(edge.isfinite() for edge in torch.aminmax(source)):
                 broken.append(key)
             elif name in parameters:
-                _copy(source, parameters[name], name, config, bert)
+                _copy(source, parameters[name], name, config)
             else:
                 model.get_submodule(name.removesuffix(".weight")).store(source)  # type: ignore[operator]
         _refuse(path, "has values that are not finite in", broken, "fetch the checkpoint again, or use another")
     return model
+
+
+def _matching_keys(
+    path: Path, weights: dict[str, Any], model: nn.Module, config: RobertaConfig, new_head: bool
+) -> dict[str, str]:
+    """Parameter -> key of all that is read: without the head, if that is drawn.
+
+    Decided by the headers of the files, before memory is allocated: config.json may state any size.
+    """
+    shapes, bert = {name: value.shape for name, value in model.named_parameters()}, config.model_type == "bert"
+    if unmerged := next(filter(_UNMERGED.search, weights), None):
+        fix = "call merge_and_unload() and save it again"
+        raise CheckpointError(f"{path}: holds {unmerged}, of a peft model that is not merged; {fix}")
+    names = {key: name for key in weights if (name := _parameter_name(key)) is not None}
+    keys = {name: key for key, name in names.items()}
+    _refuse(path, "has another key for the parameter of", names.keys() - keys.values(), "it mixes two models")
+    draw_head = new_head or not any(name.startswith("classifier.") for name in keys)
+    if draw_head:
+        keys = {name: key for name, key in keys.items() if not name.startswith("classifier.")}
+        shapes = {name: shape for name, shape in shapes.items() if not name.startswith("classifier.")}
+    _refuse(path, "lacks", set(shapes) - set(keys), "it is not a complete RoBERTa or BERT model")
+    unexpected = {keys[name] for name in set(keys) - set(shapes)}
+    _refuse(path, "holds unexpected", unexpected, "it is from another architecture")
+    kinds = [f"{key} ({kind})" for key, kind in non_float_tensors(weights).items() if key in keys.values()]
+    _refuse(path, "holds no floating-point numbers in", kinds, "use a checkpoint in 16 or 32 bits")
+    if not draw_head:
+        key = keys["classifier.out_proj.weight"]
+        refuse_regression(path.with_name(CONFIG_NAME), weights[key].get_slice(key).get_shape())
+    wrong = []
+    for name, key in keys.items():
+        found, wanted = weights[key].get_slice(key).get_shape(), list(shapes[name])
+        if bert and name == _POSITIONS:
+            wanted[0] -= config.pad_token_id + 1
+        elif bert and name == _TOKEN_TYPES and found:
+            wanted[0] = max(1, found[0])
+        if found != wanted:
+            wrong.append(f"{key} ({found}, not {wanted})")
+    _refuse(path, "has the wrong shape in", wrong, "config.json describes another model")
+    return keys
 
 
 def head_of(directory: str | Path) -> str:
@@ -132,11 +141,6 @@ def head_of(directory: str | Path) -> str:
     others = [name.split(".")[0] for name in names if name.startswith(_OTHER_HEADS)]
     ours = any(name.startswith("classifier.") and not name.startswith(_OTHER_HEADS) for name in names)
     return "ours" if ours else ", ".join(sorted(set(others))) or "none"
-
-
-def has_head(directory: str | Path) -> bool:
-    """Whether a checkpoint folder holds a head that `load_checkpoint` reads. Raises CheckpointError as that does."""
-    return head_of(directory) == "ours"
 
 
 def save_checkpoint(
@@ -186,8 +190,9 @@ def _parameter_name(key: str) -> str | None:
 
 
 @torch.no_grad()
-def _copy(source: Tensor, target: Tensor, name: str, config: RobertaConfig, bert: bool) -> None:
+def _copy(source: Tensor, target: Tensor, name: str, config: RobertaConfig) -> None:
     """Copy a checkpoint's tensor into the parameter `name`; the two tables of a BERT differ in shape."""
+    bert = config.model_type == "bert"
     if bert and name == _POSITIONS:
         shift = config.pad_token_id + 1
         target[:shift].zero_()

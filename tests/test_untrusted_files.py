@@ -27,7 +27,7 @@ from evaluate import Arguments, evaluate
 from lora.config import LoRAConfig, LoRAError
 from lora.inject import inject_lora
 from lora.peft_format import load_adapter, save_adapter
-from roberta.config import CheckpointError
+from roberta.files import CheckpointError
 from roberta.model import RobertaForSequenceClassification
 from roberta.tokenizer import TextTokenizer
 from roberta.weights import load_checkpoint, save_checkpoint

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from data.files import saved_splits
-from data.sources import LABELS_OF_NAMED_SOURCES, DataConfig, LabelledText, Split, listed, load_source
+from data.files import listed, saved_splits
+from data.sources import LABELS_OF_NAMED_SOURCES, DataConfig, LabelledText, Split, load_source
 from training.config import parse_config, read_toml
 from training.errors import ConfigError
 from training.progress import say

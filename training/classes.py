@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from data.sources import LabelledText, folded, listed
+from data.files import listed
+from data.sources import LabelledText, folded
 from training.errors import ConfigError
 from training.pages import write_text_atomic
 from training.progress import say

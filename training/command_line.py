@@ -22,7 +22,7 @@ import tyro
 
 from data.errors import DataError
 from lora.errors import LoRAError
-from roberta.config import CheckpointError
+from roberta.files import CheckpointError
 from training.distributed import ALONE, World
 from training.errors import ConfigError, LostProcessError
 

@@ -302,10 +302,7 @@ def parse_command_line(arguments: list[str]) -> RunConfig:
 
 def write_config(config: RunConfig, path: str | Path) -> None:
     """Write `config` as TOML, without the fields that are None, for which TOML has no value."""
-    Path(path).write_text(tomli_w.dumps(_without_none(dataclasses.asdict(config))), encoding="utf-8")
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return list(value) if isinstance(value, tuple) else value
+    given = dataclasses.asdict(
+        config, dict_factory=lambda items: {key: item for key, item in items if item is not None}
+    )
+    Path(path).write_text(tomli_w.dumps(given), encoding="utf-8")

@@ -7,7 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from training.pages import write_page
-from training.plots import Curves, panels_of, read_curves, to_svg
+from training.plots import panels_of, read_curves, to_svg
 from training.progress import minutes
 from training.run_folder import RunFolder
 
@@ -15,41 +15,28 @@ _CALIBRATION = {"calibration error": "error", "at temperature 1": "error_before"
 
 
 def write_html_report(folder: RunFolder) -> None:
-    """Write report.html into a run folder; an interrupted run gets a notice of what is missing.
+    """Write report.html into a run folder with a report; the page of an interrupted run says so.
 
-    Raises ConfigError if the folder is not a run or a file in it is damaged.
+    Raises ConfigError if the folder is not a run or a file in it is damaged, OSError if it has no report.
     """
-    run = read_curves(folder)
-    report = run.report or {}
-    test, origins = report.get("test"), report.get("origins")
+    run, report = read_curves(folder), folder.read_report()
+    test, origins = report["test"], report["origins"]
     write_page(
         "report.html",
         folder.html,
         title=f"Run {run.name}",
-        subtitle=f"{origins['checkpoint']} on {origins['data']}; {report['device']}" if origins else "",
-        missing=_missing(run),
-        facts=_facts(report) if report else {},
+        subtitle=f"{origins['checkpoint']} on {origins['data']}; {report['device']}",
+        interrupted_in=None if report["complete"] else report["epochs_run"],
+        facts=_facts(report),
         plots=[
             Markup(to_svg(draw, size, name))  # noqa: S704, our own drawing; matplotlib escapes its text
             for name, (draw, size) in panels_of(run).items()
         ],
         per_class=test["per_class"] if test else None,
-        mistakes=report.get("mistakes") if test else None,
-        parts=report.get("parameters_by_part"),
+        mistakes=report["mistakes"] if test else None,
+        parts=report["parameters_by_part"],
         settings=folder.config.read_text(encoding="utf-8"),
     )
-
-
-def _missing(run: Curves) -> str:
-    """The notice about missing results; empty for a complete run."""
-    if run.report:
-        epoch = run.report["epochs_run"]
-        return "" if run.report["complete"] else f"This run was interrupted in epoch {epoch}: there are no test scores."
-    lacks = [
-        name for name, lines in (("training steps", run.steps), ("validation scores", run.validations)) if not lines
-    ]
-    lacks.append("test scores")
-    return f"This run was interrupted: there are no {', no '.join(lacks)}. Run it again."
 
 
 def _facts(report: dict[str, Any]) -> dict[str, str]:

@@ -5,7 +5,6 @@ The sections are those of Mitchell et al. 2019, "Model Cards for Model Reporting
 
 from __future__ import annotations
 
-import json
 import shlex
 
 from lora.config import METHODS
@@ -17,7 +16,7 @@ from training.run_folder import RunFolder
 
 def write_model_card(folder: RunFolder) -> None:
     """Write README.md into the folder of a finished or interrupted run, from its report.json."""
-    report = json.loads(folder.report.read_text(encoding="utf-8"))
+    report = folder.read_report()
     config, test = report["config"], report["test"]
     trained = [part for part, row in report["parameters_by_part"].items() if row["trainable"]]
     tables = [table for table in METHODS if config.get(table)]

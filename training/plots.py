@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import re
 import unicodedata
 import warnings
@@ -56,7 +55,7 @@ def read_curves(folder: RunFolder) -> Curves:
         raise ConfigError(f"{folder.path}: not a run folder (no config.toml); name one")
     try:
         lines = read_metrics(folder.metrics) if folder.metrics.is_file() else []
-        report = json.loads(folder.report.read_text(encoding="utf-8")) if folder.report.is_file() else None
+        report = folder.read_report() if folder.report.is_file() else None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{folder.path}: a file is damaged ({error}); run again") from None
     steps = [line for line in lines if "split" not in line]

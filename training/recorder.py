@@ -244,8 +244,10 @@ class Recorder:
             mistakes = confident_mistakes(logits / temperature, labels, texts, inputs.text.label_names)
             calibration = calibrate(logits, labels, temperature) if labels.ndim == 1 else None
         seconds = self._before[0] + time.perf_counter() - self._started
-        model, times, found = self._trained[0], (seconds, test_seconds), (mistakes, calibration)
-        report = build_report(self.config, inputs, model, count, self._compute, state, test, *times, *found)
+        model, compute = self._trained[0], self._compute
+        report = build_report(
+            self.config, inputs, model, count, compute, state, test, seconds, test_seconds, mistakes, calibration
+        )
         folder.write_report(report)  # before the pages: a picture that fails takes no scores with it
         if test is None:
             epoch = report["epochs_run"]

@@ -75,10 +75,14 @@ class RunFolder:
         if shown:
             raise ConfigError(f"--resume: {self.path} was run with other settings: {shown}; give those, or --overwrite")
 
+    def read_report(self) -> dict[str, Any]:
+        """The content of report.json. Raises OSError or ValueError, or RecursionError, if it is missing or damaged."""
+        return json.loads(self.report.read_text(encoding="utf-8"))
+
     def is_complete(self) -> bool:
         """Whether the run is finished, according to report.json."""
         try:
-            return bool(json.loads(self.report.read_text(encoding="utf-8"))["complete"])
+            return bool(self.read_report()["complete"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return False
 

@@ -75,14 +75,18 @@ def predict(model: nn.Module, batches: Iterable[Batch], rows: int, compute: Comp
     model.eval()
     logits = torch.zeros(rows, model.config.num_labels)
     for batch in batches:
-        with compute.autocast():
-            batch_logits = model(
-                batch.input_ids.to(compute.device, non_blocking=True),
-                batch.attention_mask.to(compute.device, non_blocking=True),
-            )
-        logits[batch.indices] = batch_logits.float().cpu()
+        logits[batch.indices] = batch_logits(model, batch, compute).float().cpu()
     model.train(was_training)
     return check_finite(logits)
+
+
+def batch_logits(model: nn.Module, batch: Batch, compute: Compute) -> torch.Tensor:
+    """Logits of a batch, (batch, labels), on the device, in the mode of the model: with dropout while it trains."""
+    with compute.autocast():
+        return model(
+            batch.input_ids.to(compute.device, non_blocking=True),
+            batch.attention_mask.to(compute.device, non_blocking=True),
+        )
 
 
 def mean_of_windows(logits: torch.Tensor, split: EncodedSplit) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 
 from data.batching import Batch
 from training.precision import Compute
+from training.scoring import batch_logits
 
 _WARM_UP_CALLS = 2
 
@@ -51,10 +52,8 @@ def measure_speed(models: Mapping[str, nn.Module], batches: Sequence[Batch], com
     }
 
 
-def _call(model: nn.Module, batch: Batch, compute: Compute) -> torch.Tensor:
-    with compute.autocast():
-        logits = model(batch.input_ids.to(compute.device), batch.attention_mask.to(compute.device))
-    return logits.float().cpu()  # synchronizes with a GPU
+def _call(model: nn.Module, batch: Batch, compute: Compute) -> None:
+    batch_logits(model, batch, compute).float().cpu()  # synchronizes with a GPU
 
 
 def speed_table(rows: Sequence[tuple[str, Speed]]) -> str:

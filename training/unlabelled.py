@@ -42,6 +42,7 @@ from data.batching import Batch
 from training.config import UnlabelledConfig
 from training.distributed import World
 from training.precision import Compute
+from training.scoring import batch_logits
 
 
 class PseudoLabels:
@@ -112,13 +113,8 @@ class PseudoLabels:
 
 
 def _probabilities(model: nn.Module, batch: Batch, compute: Compute) -> Tensor:
-    """softmax of the logits, (batch, classes) float64, in the mode of the model: with dropout while it trains."""
-    with compute.autocast():
-        logits = model(
-            batch.input_ids.to(compute.device, non_blocking=True),
-            batch.attention_mask.to(compute.device, non_blocking=True),
-        )
-    return logits.double().softmax(dim=1)
+    """softmax of the logits, (batch, classes) float64, with the dropout of the model's mode."""
+    return batch_logits(model, batch, compute).double().softmax(dim=1)
 
 
 def _mean(rows: Tensor, counts: Tensor, world: World) -> Tensor:

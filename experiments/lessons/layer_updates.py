@@ -12,8 +12,8 @@ import torch
 from matplotlib.axes import Axes
 
 from experiments.lessons.common import Lesson, Task, fit, run_lesson
+from lora.adapter import adapters
 from lora.config import LoRAConfig
-from lora.inject import adapters
 
 MATRICES = (
     "attention.self.query",

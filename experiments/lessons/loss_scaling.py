@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from data.batching import Batch
 from experiments.lessons.common import CPU, Lesson, Task, fit, run_lesson
+from lora.adapter import adapters
 from lora.config import LoRAConfig
-from lora.inject import adapters
 from training.plots import PALETTE
 from training.precision import Compute
 

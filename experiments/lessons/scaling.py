@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from torch import nn
 
 from experiments.lessons.common import Lesson, Task, fit, run_lesson
+from lora.adapter import adapters
 from lora.config import LoRAConfig
-from lora.inject import adapters
 from training.plots import PALETTE
 
 NAMES = {False: "alpha / r", True: "alpha / sqrt(r)"}

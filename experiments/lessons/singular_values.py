@@ -17,8 +17,8 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from experiments.lessons.common import Lesson, Task, fit, run_lesson
+from lora.adapter import adapters
 from lora.config import LoRAConfig
-from lora.inject import adapters
 from training.plots import PALETTE
 
 FULL_RATE = 1e-4  # learning rate for all weights; LoRA's would be too large

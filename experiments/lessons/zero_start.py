@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from data.batching import Batch
 from experiments.lessons.common import Lesson, Task, draw_losses, fit, relative_error, run_lesson
+from lora.adapter import adapters
 from lora.config import LoRAConfig
-from lora.inject import adapters
 from training.plots import PALETTE
 
 # name: whether A is random, whether B is

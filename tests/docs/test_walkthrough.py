@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.batching import Batch
+from lora.adapter import adapters
 from lora.config import LoRAConfig
-from lora.inject import adapters, count_parameters, inject_lora, merge_lora, unload_lora
+from lora.inject import count_parameters, inject_lora, merge_lora, unload_lora
 from lora.linear import LoRALinear
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification

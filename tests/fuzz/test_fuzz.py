@@ -22,10 +22,11 @@ from data.sources import DataConfig, load_source, read_unlabelled
 from lora.config import BottleneckConfig, LoRAConfig, LoRAError
 from lora.inject import inject_lora
 from lora.peft_format import adapter_shapes, load_adapter, read_base_model, save_adapter
-from roberta.config import CheckpointError, RobertaConfig
+from roberta.config import RobertaConfig
+from roberta.files import CheckpointError
 from roberta.model import RobertaForSequenceClassification
 from roberta.tokenizer import TextTokenizer
-from roberta.weights import has_head, load_checkpoint, save_checkpoint
+from roberta.weights import head_of, load_checkpoint, save_checkpoint
 from tests.conftest import tiny_rows, tiny_tokenizer
 from tests.fuzz.mutate import mutate_bytes, mutate_json, mutate_safetensors
 from training import checkpoint
@@ -77,7 +78,7 @@ def folder(tmp_path):
 
 
 def read_base(folder):
-    has_head(folder / "base")
+    head_of(folder / "base")
     return load_checkpoint(folder / "base")
 
 

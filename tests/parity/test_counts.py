@@ -8,8 +8,9 @@ import pytest
 import torch
 import transformers
 
+from lora.adapter import adapters
 from lora.config import LoRAConfig
-from lora.inject import adapters, count_parameters, inject_lora
+from lora.inject import count_parameters, inject_lora
 from roberta.config import RobertaConfig
 from roberta.model import RobertaForSequenceClassification
 from tests.parity.oracle import assert_same, our_name, peft_config

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from roberta.config import CheckpointError, RobertaConfig
+from roberta.config import RobertaConfig
+from roberta.files import CheckpointError
 from roberta.model import RobertaForSequenceClassification
 from roberta.tokenizer import TextTokenizer
-from roberta.weights import has_head, load_checkpoint, save_checkpoint
+from roberta.weights import head_of, load_checkpoint, save_checkpoint
 
 SMALL = RobertaConfig(
     vocab_size=20,
@@ -63,7 +64,7 @@ def test_prefix_is_optional_and_pretraining_parts_are_ignored(folder):
         return encoder | {name: torch.zeros(3) for name in extra}
 
     edit_weights(folder, encoder_alone)
-    assert not has_head(folder)
+    assert head_of(folder) == "lm_head, pooler"
     after = load_checkpoint(folder)
     for (name, one), other in zip(before.roberta.named_parameters(), after.roberta.parameters(), strict=True):
         assert torch.equal(one, other), name
@@ -82,7 +83,7 @@ def test_a_missing_head_is_drawn_from_the_published_distribution(folder):
 
 def test_a_present_head_is_read_unless_a_new_one_is_asked_for(folder):
     saved = load_file(folder / "model.safetensors")["classifier.dense.weight"]
-    assert has_head(folder)
+    assert head_of(folder) == "ours"
     assert torch.equal(load_checkpoint(folder).classifier.dense.weight, saved)
     assert not torch.equal(load_checkpoint(folder, new_head=True).classifier.dense.weight, saved)
 
@@ -118,7 +119,7 @@ def test_labels_may_be_named_in_label2id_alone(fields, names):
 def test_names_of_wrappers_are_removed(folder, prefix):
     before = load_checkpoint(folder)
     edit_weights(folder, lambda weights: {prefix + name: tensor for name, tensor in weights.items()})
-    assert has_head(folder)
+    assert head_of(folder) == "ours"
     for name, parameter in load_checkpoint(folder).named_parameters():
         assert torch.equal(parameter, before.get_parameter(name)), name
 
@@ -167,7 +168,7 @@ def in_parts(folder):
 
 
 def test_weights_in_parts(folder, in_parts):
-    assert has_head(folder)
+    assert head_of(folder) == "ours"
     for name, parameter in load_checkpoint(folder).named_parameters():
         assert torch.equal(parameter, in_parts[name]), name
 
