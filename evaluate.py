@@ -252,6 +252,8 @@ def read_texts(arguments: Arguments) -> list[str]:
     for source, text in texts.items():
         if not text.strip():
             raise ConfigError(f"{source}: the text is empty; remove it or write one")
+        if any("\ud800" <= character <= "\udfff" for character in text):  # how Python reads other bytes of arguments
+            raise ConfigError(f"{source}: is not UTF-8; write it in UTF-8")
     return list(texts.values())
 
 
@@ -537,7 +539,7 @@ def evaluate(arguments: Arguments) -> int:
     elif arguments.noise:
         assert arguments.run is not None, "checked by check_arguments"
         folder = RunFolder(arguments.run)
-        others = arguments.config, arguments.base, arguments.base_bits
+        others = arguments.config, arguments.base, arguments.base_bits, arguments.precision, arguments.merged
         report_noise(trained, folder, own_settings=not (folder.config.is_file() and any(others)))
     elif arguments.speed:
         report_speed(trained)

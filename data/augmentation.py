@@ -86,8 +86,9 @@ class AugmentationConfig:
             raise DataError(f"data.augmentation.n_aug is {self.n_aug!r}; it must be 0 or more")
         if not 0 <= self.alpha < 1:
             raise DataError(f"data.augmentation.alpha is {self.alpha!r}; it must be in [0, 1)")
-        if self.kind != AugmentationConfig.kind and self.n_aug == 0:
-            raise DataError(f"data.augmentation.kind is {self.kind!r}, but n_aug is 0; set data.augmentation.n_aug")
+        for name in ("kind", "alpha", "fresh"):
+            if self.n_aug == 0 and (value := getattr(self, name)) != getattr(AugmentationConfig, name):
+                raise DataError(f"data.augmentation.{name} is {value!r}, but n_aug is 0; set data.augmentation.n_aug")
         if self.kind == "aeda" and self.alpha != AugmentationConfig.alpha:
             raise DataError(f"data.augmentation.alpha is {self.alpha:g}, but AEDA has no alpha; remove it")
 
@@ -184,7 +185,7 @@ def check_texts(texts: Sequence[str], origin: str, kind: str, fix: str = "set da
         problem, reason = "have no space", "AEDA needs words"
     if 2 * len(unsuited) > len(texts):
         raise DataError(
-            f"{origin}: {len(unsuited):,} of {len(texts):,} training texts {problem} (the first: "
+            f"{origin}: {len(unsuited):,} of {len(texts):,} texts {problem} (the first: "
             f"{unsuited[0][:30]!r}), but {reason}; {fix}"
         )
 

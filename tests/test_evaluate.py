@@ -342,6 +342,7 @@ def test_unusable_arguments_are_a_one_line_error(command, finished, tmp_path):
         ([folder, "--file", tmp_path / "empty.txt"], "empty.txt: is empty"),
         ([folder, "--file", tmp_path / "gap.txt"], "gap.txt, line 2: the text is empty"),
         ([folder, "--file", tmp_path / "latin.txt"], "latin.txt: not UTF-8 at byte 3"),
+        ([folder, "--text", "oil", "caf\udce9"], "--text number 2: is not UTF-8"),
         ([folder, "--file", tmp_path / "none.txt"], "none.txt: can't be read"),
         ([folder, "--base", "nothing-here"], "nothing-here"),
         ([folder, "--text", "oil", "--speed"], "--text and --file, --speed ask for different things"),

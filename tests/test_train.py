@@ -22,13 +22,15 @@ import train as train_module
 from evaluate import Arguments, evaluate
 from lora.linear import LoRALinear
 from lora.peft_format import load_adapter
+from roberta.config import PUBLISHED
 from roberta.model import Layer
 from roberta.tokenizer import TextTokenizer
 from tests.conftest import tiny_rows, tiny_tokenizer
 from train import make_optimizer, train
 from training import recorder, scoring, setup
 from training.command_line import EXIT_BAD_INPUT, EXIT_INTERRUPTED, run_command
-from training.config import TrainConfig, parse_command_line, read_config
+from training.config import RunConfig, TrainConfig, parse_command_line, read_config
+from training.errors import ConfigError
 from training.progress import program
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -541,6 +543,10 @@ def test_tmix_mixes_each_batch_and_needs_two_texts(run, tiny_config, tiny_data, 
 
     code, _, err = run(tiny_config, *options, "--train.batch-size", 1, "--overwrite")
     assert code == EXIT_BAD_INPUT and "train.tmix mixes texts of a batch" in err and err.count("\n") == 1
+    config = RunConfig(train=TrainConfig(tmix=0.4, batch_size=5))  # of three processes, the last has one text
+    with pytest.raises(ConfigError, match="of which a process has one"):
+        setup.check_settings(config, PUBLISHED["roberta-base"], SimpleNamespace(size=3))
+    setup.check_settings(config, PUBLISHED["roberta-base"], SimpleNamespace(size=2))
     code, _, err = run(tiny_config, *options, "--train.r-drop", 1, "--overwrite")
     assert code == EXIT_BAD_INPUT and "train.tmix and train.r_drop exclude" in err and err.count("\n") == 1
 
@@ -579,7 +585,7 @@ def test_unlabelled_texts_are_the_rest_or_a_file_and_learn_from_changed_copies(
         ),
         (
             (*few, "--unlabelled.source", tiny_data / "foreign.csv"),
-            "foreign.csv: 2 of 2 training texts are not in Latin script",
+            "foreign.csv: 2 of 2 texts are not in Latin script",
         ),
         (
             (*few, "--unlabelled.source", tiny_data / "labels.csv"),

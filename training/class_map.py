@@ -6,8 +6,8 @@ counts as right. Texts of a class that is not mapped are left out.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ ClassMap = dict[str, tuple[str, ...]]
 """Class of the source -> the adapter's classes that are right for it."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class MappedTexts:
     """The texts of mapped classes, labelled with numbers of groups of the adapter's classes."""
 
@@ -38,8 +38,8 @@ class MappedTexts:
 def load_other(source: str, applied: DataConfig) -> LabelledText:
     """The data set that `source` names: a value of data.source, or a TOML file whose [data] has its settings.
 
-    Of a file of texts alone, all rows are test texts. Raises ConfigError or DataError, also for a TOML file that sets
-    another cleaning, maximum length or windows than `applied`, whose are used.
+    Of a file without splits, all rows are test texts, unless the TOML file names a test_file. Raises ConfigError or
+    DataError, also if a TOML file sets another cleaning, maximum length or windows than `applied`, whose are used.
     """
     if source.endswith(".toml"):
         raw = read_toml(source)
@@ -49,10 +49,13 @@ def load_other(source: str, applied: DataConfig) -> LabelledText:
                 raise ConfigError(
                     f"{source}: data.{name} has no effect with --on: that of the run or of --config applies; remove it"
                 )
-        return load_source(config.data, config.train.seed)
-    has_splits = source in LABELS_OF_NAMED_SOURCES or saved_splits(Path(source))
-    every_row = None if has_splits else source
-    return load_source(DataConfig(source=source, test_file=every_row, validation_file=every_row), seed=0)
+        data, seed = config.data, config.train.seed
+    else:
+        data, seed = DataConfig(source=source), 0
+    has_splits = data.source in LABELS_OF_NAMED_SOURCES or saved_splits(Path(data.source))
+    if not has_splits and data.test_file is None:
+        data = dataclasses.replace(data, test_file=data.source, validation_file=data.source)
+    return load_source(data, seed)
 
 
 def read_map(path: Path, sources: tuple[str, ...], names: tuple[str, ...]) -> ClassMap:
@@ -99,6 +102,8 @@ def map_texts(text: LabelledText, names: tuple[str, ...], path: Path | None) -> 
         if [*targets] != mapped:
             say(f"classes     {listed(mapped)} -> {' or '.join(targets)}")
 
+    if {*sources} == {names}:
+        raise ConfigError(f"{path}: every class of the adapter counts as right; map to some of them")
     rest = [(name,) for name in names if not any(name in targets for targets in sources)]
     groups = sorted([*sources, *rest], key=lambda targets: names.index(targets[0]))
     labels = [text.label_names[label] for label in text.test.labels]

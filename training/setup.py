@@ -95,7 +95,7 @@ def load_inputs(config: RunConfig, world: World) -> Inputs:
         checkpoint = fetch_checkpoint(config.model.checkpoint)
     say(f"checkpoint  {checkpoint.origin}")
     model_config, text, new_head = _configure_model(config, checkpoint, text)
-    _check_settings(config, model_config, world)  # before anything large is read
+    check_settings(config, model_config, world)  # before anything large is read
     windows = config.data.windows, config.data.window_overlap
     tokenizer = TextTokenizer.from_directory(checkpoint.directory, config.data.max_length, *windows)
     tokenizer.check_fits(model_config, checkpoint.directory)
@@ -185,14 +185,14 @@ def _configure_model(
     return model_config, text, new_head
 
 
-def _check_settings(config: RunConfig, model_config: RobertaConfig, world: World) -> None:
+def check_settings(config: RunConfig, model_config: RobertaConfig, world: World) -> None:
     """Raise ConfigError or LoRAError if R-Drop, TMix, the budget or the length don't fit the model; say what is on."""
     settings = config.train
     if settings.r_drop:
         check_dropout(model_config, config.methods)
         say(f"R-Drop      each text twice in a step, alpha {settings.r_drop:g}")
     if settings.tmix:
-        if settings.batch_size <= world.size:
+        if settings.batch_size < 2 * world.size:
             raise ConfigError("train.tmix mixes texts of a batch, of which a process has one; raise train.batch_size")
         layers = " or ".join(map(str, mix_layers(model_config.num_hidden_layers)))
         say(f"TMix        texts mixed in pairs after layer {layers}, alpha {settings.tmix:g}")

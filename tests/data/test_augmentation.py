@@ -205,10 +205,10 @@ def test_the_table_is_small_and_has_its_licence():
 
 
 def test_texts_that_can_not_be_augmented_are_refused_by_name():
-    with pytest.raises(DataError, match=r"news\.csv: 2 of 3 training texts .*'Нефть дорожает'.*n_aug = 0"):
+    with pytest.raises(DataError, match=r"news\.csv: 2 of 3 texts .*'Нефть дорожает'.*n_aug = 0"):
         check_texts(["Oil", "Нефть дорожает", "石油"], "news.csv", "eda")
     check_texts(["Oil", "Öl wird teurer", "石油", "1,000 !"], "news.csv", "eda")
-    with pytest.raises(DataError, match=r"news\.csv: 2 of 3 training texts have no space .*'Oil'.*n_aug = 0"):
+    with pytest.raises(DataError, match=r"news\.csv: 2 of 3 texts have no space .*'Oil'.*n_aug = 0"):
         check_texts(["Oil", "Нефть дорожает", "石油价格上涨"], "news.csv", "aeda")
     check_texts(["Нефть дорожает", "石油价格上涨"], "news.csv", "aeda")
 
@@ -223,9 +223,10 @@ def test_an_alpha_for_aeda_is_refused_by_name():
         AugmentationConfig("aeda", n_aug=1, alpha=0.05)
 
 
-def test_a_kind_without_new_texts_is_refused():
-    with pytest.raises(DataError, match=r"kind is 'aeda', but n_aug is 0; set data.augmentation.n_aug"):
-        AugmentationConfig("aeda")
+@pytest.mark.parametrize(("field", "value"), [("kind", "aeda"), ("alpha", 0.2), ("fresh", False)])
+def test_settings_without_new_texts_are_refused(field, value):
+    with pytest.raises(DataError, match=f"{field} is {value!r}, but n_aug is 0; set data.augmentation.n_aug"):
+        AugmentationConfig(**{field: value})
 
 
 @pytest.mark.parametrize(("field", "value"), [("n_aug", -1), ("alpha", 1.0), ("alpha", -0.1), ("alpha", float("nan"))])

@@ -73,6 +73,7 @@ def test_a_class_of_both_sides_is_not_two_groups_of_one_name(write):
         ("a = x", "map.toml: not valid TOML"),
         ('a = "x"\na = "z"', "map.toml: not valid TOML"),
         ('a = "x"\nb = ["x", "z"]', "'b' and 'a' share classes; give both the same"),
+        ('a = ["x", "z"]', "map.toml: every class of the adapter counts as right; map to some of them"),
     ],
 )
 def test_unusable_maps_are_one_line(write, content, says):
@@ -98,7 +99,9 @@ def test_all_rows_of_a_file_are_test_texts_and_the_settings_of_a_toml_file_count
     assert len(load_other(str(file), DataConfig()).test.texts) == 40
     (tmp_path / "other.toml").write_text(f'[data]\nsource = "{file}"\ntext_columns = ["label"]\n')
     texts = load_other(str(tmp_path / "other.toml"), DataConfig(max_length=17)).test.texts
-    assert np.unique(texts).tolist() == ["business", "sports"]
+    assert len(texts) == 40 and np.unique(texts).tolist() == ["business", "sports"]
+    (tmp_path / "other.toml").write_text(f'[data]\nsource = "{tiny_data / "train.csv"}"\ntest_file = "{file}"\n')
+    assert len(load_other(str(tmp_path / "other.toml"), DataConfig()).test.texts) == 40
     # Refused also where it names the default.
     (tmp_path / "other.toml").write_text(f'[data]\nsource = "{file}"\nmax_length = {DataConfig.max_length}\n')
     load_other(str(tmp_path / "other.toml"), DataConfig())
