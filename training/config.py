@@ -158,7 +158,7 @@ class UnlabelledConfig:
     """Share of all steps in which that weight rises from 0, along half a cosine; 0 for the full weight at once."""
     threshold: float | None = None
     """Probability from which a text counts: 0.95 unless given; adamatch: as a share of that of labelled texts, 0.9."""
-    momentum: float = 0.99
+    momentum: float = 0.9
     """Of the moving averages of adamatch and softmatch."""
     alpha: float = 0.1
     """EDA's alpha for the changed copies; pseudo_label makes none."""

@@ -6,7 +6,8 @@ h_m is the output of layer m. At positions that x' does not have, the vectors of
 attend to the positions of x, so what x' has beyond them is not seen, and lambda = 1 is training without TMix. Virtual
 tokens are at the same positions of all texts, and are mixed too.
 Source: Chen, Yang & Yang 2020, "MixText", section 3.1. As in its program, lambda, m and the pairs are drawn once for
-each forward pass; there all texts have one length, and padding is mixed and attended to like any token.
+each forward pass; there all texts have one length, padding is mixed and attended to like any token, and the command for
+TMix (`--separate-mix`) has lambda = l.
 """
 
 from __future__ import annotations

@@ -24,8 +24,9 @@ frequencies that they have among the labelled texts (AdaMatch) or equal ones (So
 the model's own confidence. Differences from the papers: dropout is the weak augmentation and EDA the strong one, in
 place of shifts and colours of pictures; Lee has no threshold (as with 0); AdaMatch trains on strong copies of labelled
 texts, too, and interpolates logits (section 3.2) for batch normalization; its ramp (section 3.5) is used with every
-method; its M(p) is a mean of 128 batches; the averages have no fixed initial value, and their momentum is 0.99 instead
-of 0.999, as runs here have hundreds of steps; sigma is halved as in SoftMatch's program.
+method; its M(p) is a mean of 128 batches, and its program scores a moving average of the weights; the averages have no
+fixed initial value, and their momentum is 0.9 instead of 0.999, as runs here have some hundred steps, in which p
+changes; sigma is halved as in SoftMatch's program.
 
 The changed copies are texts of the step as any others: R-Drop passes them twice, too.
 """
@@ -98,8 +99,9 @@ class PseudoLabels:
         return torch.nn.functional.normalize(p * (target + 1e-6) / (found + 1e-6), p=1, dim=1)
 
     def _average(self, name: str, mean: Tensor) -> Tensor:
-        """The moving average after a step with this mean."""
+        """The moving average after a step with this mean; where that is not finite (fp16), as before the step."""
         old = self.averages.get(name, mean)
+        mean = torch.where(mean.isfinite(), mean, old)
         self.averages[name] = self.settings.momentum * old + (1 - self.settings.momentum) * mean
         return self.averages[name]
 

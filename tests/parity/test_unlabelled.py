@@ -12,6 +12,7 @@ from tests.parity.oracle import adapted_pair, assert_close, our_name
 from tests.parity.test_training import CPU, collate, encoded_texts
 from train import train_step
 from training.config import UnlabelledConfig
+from training.distributed import ALONE
 from training.unlabelled import PseudoLabels
 
 STEPS, WEIGHT, RAMP, MOMENTUM = 4, 1.7, 0.5, 0.6
@@ -116,3 +117,23 @@ def test_the_default_threshold_is_the_methods_and_no_ramp_is_the_full_weight_at_
     cutoffs = {name: UnlabelledConfig(method=name).cutoff for name in THRESHOLDS}
     assert cutoffs == {"pseudo_label": 0.95, "fixmatch": 0.95, "adamatch": 0.9}
     assert PseudoLabels(UnlabelledConfig(ramp=0.0, weight=1.7), STEPS)._factor(0) == 1.7
+
+
+@pytest.mark.parametrize("method", ["adamatch", "softmatch"])
+def test_a_step_that_overflows_leaves_the_averages(method):
+    """As under fp16, where the step itself is skipped; a nan in the averages would give every later text weight 0."""
+    scale, settings = torch.tensor(1.0), UnlabelledConfig(method=method, ramp=0)
+    pseudo_labels, random = PseudoLabels(settings, STEPS), torch.Generator().manual_seed(0)
+
+    def model(input_ids, attention_mask):
+        return torch.randn(len(input_ids), 3, generator=random) * scale
+
+    batches = next(iter(steps(encoded_texts(), encoded_texts(seed=1), encoded_texts(seed=2))))
+    pseudo_labels.label(model, batches, 0, CPU, ALONE)
+    before = pseudo_labels.state()
+    scale.fill_(float("inf"))
+    pseudo_labels.label(model, batches, 1, CPU, ALONE)
+    assert pseudo_labels.state() == before
+    scale.fill_(1.0)
+    changed = pseudo_labels.label(model, batches, 2, CPU, ALONE)
+    assert pseudo_labels.state() != before and sum(batch.weights.sum() for batch in changed) > 0
