@@ -23,10 +23,10 @@ A fixed threshold lets a class that the model is sure of for the wrong reasons t
 frequencies that they have among the labelled texts (AdaMatch) or equal ones (SoftMatch), and "sure" is relative to
 the model's own confidence. Differences from the papers: dropout is the weak augmentation and EDA the strong one, in
 place of shifts and colours of pictures; Lee has no threshold (as with 0); AdaMatch trains on strong copies of labelled
-texts, too, and interpolates logits (section 3.2) for batch normalization; its ramp (section 3.5) is used with every
-method; its M(p) is a mean of 128 batches, and its program scores a moving average of the weights; the averages have no
-fixed initial value, and their momentum is 0.9 instead of 0.999, as runs here have some hundred steps, in which p
-changes; sigma is halved as in SoftMatch's program.
+texts, too (here with `data.augmentation`), and interpolates logits (section 3.2) for batch normalization; its ramp
+(section 3.5) is used with every method; its M(p) is a mean of 128 batches, and its program scores a moving average of
+the weights; the averages have no fixed initial value, and their momentum is 0.9 instead of 0.999, as runs here have
+some hundred steps, in which p changes; sigma is halved as in SoftMatch's program.
 
 The changed copies are texts of the step as any others: R-Drop passes them twice, too.
 """
