@@ -539,7 +539,8 @@ def evaluate(arguments: Arguments) -> int:
     elif arguments.noise:
         assert arguments.run is not None, "checked by check_arguments"
         folder = RunFolder(arguments.run)
-        others = arguments.config, arguments.base, arguments.base_bits, arguments.precision, arguments.merged
+        merged = arguments.merged or arguments.export is not None
+        others = arguments.config, arguments.base, arguments.base_bits, arguments.precision, merged
         report_noise(trained, folder, own_settings=not (folder.config.is_file() and any(others)))
     elif arguments.speed:
         report_speed(trained)

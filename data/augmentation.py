@@ -88,7 +88,7 @@ class AugmentationConfig:
             raise DataError(f"data.augmentation.alpha is {self.alpha!r}; it must be in [0, 1)")
         for name in ("kind", "alpha", "fresh"):
             if self.n_aug == 0 and (value := getattr(self, name)) != getattr(AugmentationConfig, name):
-                raise DataError(f"data.augmentation.{name} is {value!r}, but n_aug is 0; set data.augmentation.n_aug")
+                raise DataError(f"data.augmentation.{name} is {value!r}, but n_aug is 0; set that, or remove {name}")
         if self.kind == "aeda" and self.alpha != AugmentationConfig.alpha:
             raise DataError(f"data.augmentation.alpha is {self.alpha:g}, but AEDA has no alpha; remove it")
 

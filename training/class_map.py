@@ -54,7 +54,7 @@ def load_other(source: str, applied: DataConfig) -> LabelledText:
         data, seed = DataConfig(source=source), 0
     has_splits = data.source in LABELS_OF_NAMED_SOURCES or saved_splits(Path(data.source))
     if not has_splits and data.test_file is None:
-        data = dataclasses.replace(data, test_file=data.source, validation_file=data.source)
+        data = dataclasses.replace(data, test_file=data.source, validation_file=data.validation_file or data.source)
     return load_source(data, seed)
 
 

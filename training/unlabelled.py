@@ -20,13 +20,13 @@ M is an exponential moving average of the mean over the texts of a step, M <- mo
 starts as the first step's mean.
 
 A fixed threshold lets a class that the model is sure of for the wrong reasons take over. q gives the classes the
-frequencies that they have among the labelled texts (AdaMatch) or equal ones (SoftMatch), and "sure" is relative to
-the model's own confidence. Differences from the papers: dropout is the weak augmentation and EDA the strong one, in
-place of shifts and colours of pictures; Lee has no threshold (as with 0); AdaMatch trains on strong copies of labelled
-texts, too (here with `data.augmentation`), and interpolates logits (section 3.2) for batch normalization; its ramp
-(section 3.5) is used with every method; its M(p) is a mean of 128 batches, and its program scores a moving average of
-the weights; the averages have no fixed initial value, and their momentum is 0.9 instead of 0.999, as runs here have
-some hundred steps, in which p changes; sigma is halved as in SoftMatch's program.
+frequencies that they have among the labelled texts (AdaMatch) or equal ones (SoftMatch), and "sure" is relative to the
+model's own confidence. Differences from the papers: dropout is the weak augmentation and EDA the strong one, in place
+of shifts and colours of pictures; Lee has no threshold (as with 0); AdaMatch trains on strong copies of labelled texts,
+too (here with `data.augmentation`, whose copies also count in M(l) and c), and interpolates logits (section 3.2) for
+batch normalization; its ramp (section 3.5) is used with every method; its M(p) is a mean of 128 batches, and its
+program scores a moving average of the weights; the averages have no fixed initial value, and their momentum is 0.9
+instead of 0.999, as runs here have some hundred steps, in which p changes; sigma is halved as in SoftMatch's program.
 
 The changed copies are texts of the step as any others: R-Drop passes them twice, too.
 """
@@ -102,6 +102,7 @@ class PseudoLabels:
         """The moving average after a step with this mean; where that is not finite (fp16), as before the step."""
         old = self.averages.get(name, mean)
         mean = torch.where(mean.isfinite(), mean, old)
+        old = torch.where(old.isfinite(), old, mean)
         self.averages[name] = self.settings.momentum * old + (1 - self.settings.momentum) * mean
         return self.averages[name]
 

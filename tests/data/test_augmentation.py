@@ -225,7 +225,7 @@ def test_an_alpha_for_aeda_is_refused_by_name():
 
 @pytest.mark.parametrize(("field", "value"), [("kind", "aeda"), ("alpha", 0.2), ("fresh", False)])
 def test_settings_without_new_texts_are_refused(field, value):
-    with pytest.raises(DataError, match=f"{field} is {value!r}, but n_aug is 0; set data.augmentation.n_aug"):
+    with pytest.raises(DataError, match=f"{field} is {value!r}, but n_aug is 0; set that, or remove {field}"):
         AugmentationConfig(**{field: value})
 
 

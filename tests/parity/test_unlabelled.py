@@ -122,7 +122,7 @@ def test_the_default_threshold_is_the_methods_and_no_ramp_is_the_full_weight_at_
 @pytest.mark.parametrize("method", ["adamatch", "softmatch"])
 def test_a_step_that_overflows_leaves_the_averages(method):
     """As under fp16, where the step itself is skipped; a nan in the averages would give every later text weight 0."""
-    scale, settings = torch.tensor(1.0), UnlabelledConfig(method=method, ramp=0)
+    scale, settings = torch.tensor(float("inf")), UnlabelledConfig(method=method, ramp=0)
     pseudo_labels, random = PseudoLabels(settings, STEPS), torch.Generator().manual_seed(0)
 
     def model(input_ids, attention_mask):
@@ -130,10 +130,12 @@ def test_a_step_that_overflows_leaves_the_averages(method):
 
     batches = next(iter(steps(encoded_texts(), encoded_texts(seed=1), encoded_texts(seed=2))))
     pseudo_labels.label(model, batches, 0, CPU, ALONE)
+    scale.fill_(1.0)
+    pseudo_labels.label(model, batches, 1, CPU, ALONE)
     before = pseudo_labels.state()
     scale.fill_(float("inf"))
-    pseudo_labels.label(model, batches, 1, CPU, ALONE)
+    pseudo_labels.label(model, batches, 2, CPU, ALONE)
     assert pseudo_labels.state() == before
     scale.fill_(1.0)
-    changed = pseudo_labels.label(model, batches, 2, CPU, ALONE)
+    changed = pseudo_labels.label(model, batches, 3, CPU, ALONE)
     assert pseudo_labels.state() != before and sum(batch.weights.sum() for batch in changed) > 0
