@@ -563,8 +563,9 @@ def test_noise_lowers_the_accuracy_from_that_of_the_test_split(command, finished
         assert (given[0] / "plots" / "noise.png").is_file()
         kept = json.loads((given[0] / "noise.json").read_text())
         assert {name: [f"{100 * each:.2f}" for each in accuracies] for name, accuracies in kept.items()} == rows
-    code, out, _ = command(folder, "--noise", "--config", folder / "clean.toml")
-    assert code == 0 and out.endswith("not written: they are for the run's own settings\n")
+    for options in (("--config", folder / "clean.toml"), ("--precision", "fp32"), ("--export", folder / "merged")):
+        code, out, _ = command(folder, "--noise", *options)
+        assert code == 0 and "not written: they are for the run's own settings\n" in out
     assert json.loads((folder / "noise.json").read_text())["markup"][4] < kept["markup"][4]
 
 
